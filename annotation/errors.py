@@ -1,0 +1,31 @@
+"""Errors that people and programs can act on: what happened, where, and what to do."""
+
+from typing import Any
+
+from rest_framework.response import Response
+from rest_framework.views import exception_handler
+
+
+class Refused(Exception):
+    """A request that the rules do not allow. `code` is for programs, the text for people, `status` is the HTTP status."""
+
+    def __init__(self, code: str, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.code, self.message, self.status = code, message, status
+
+
+def api_exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
+    """Give every API error one shape: {"error": {"code", "message", "fields"?}}."""
+    if isinstance(error, Refused):
+        return Response({"error": {"code": error.code, "message": error.message}}, status=error.status)
+    response = exception_handler(error, context)
+    if response is None:
+        return None
+    data = response.data
+    if isinstance(data, dict) and set(data) == {"detail"}:
+        detail = data["detail"]
+        response.data = {"error": {"code": getattr(detail, "code", "error"), "message": str(detail)}}
+    else:
+        message = "Some fields are missing or wrong."
+        response.data = {"error": {"code": "invalid", "message": message, "fields": data}}
+    return response

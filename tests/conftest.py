@@ -1,0 +1,12 @@
+"""Shared by every test: a state folder of its own, so that no test sees or touches the developer's `var/`."""
+
+import os
+import tempfile
+
+os.environ["RANKLOOP_VAR"] = tempfile.mkdtemp(prefix="rankloop-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+os.environ.setdefault("DJANGO_ALLOW_ASYNC_UNSAFE", "true")  # Playwright's loop runs beside the test's database calls.
