@@ -1,6 +1,6 @@
 """Order, batches, and rows of tokens with little padding.
 
-The order of an epoch follows from (seed, epoch) alone. A batch is cut into micro-batches under a token budget, and a micro-batch's rows into
+The order of an epoch follows from (seed, epoch) alone. A batch is cut into micro-batches under a token budget, and its rows into
 groups of near length; one forward pass takes one group.
 """
 

@@ -73,6 +73,19 @@ def finite(value: Any) -> Any:
     return value
 
 
+def replace_folder(beside: Path, final: Path) -> None:
+    """Put a finished folder in place of an older one: readers see the old or the new."""
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        beside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        beside.rename(final)
+    sync_folder(final.parent)
+
+
 class RunDirectory:
     """One run: its frozen configuration, its events, its checkpoints and its result."""
 
@@ -228,18 +241,6 @@ class RunDirectory:
         """The folder with the highest step that is whole (has a manifest). Its digests are checked when it is restored."""
         found = checkpoint_folders(self.checkpoints)
         return found[-1] if found else None
-
-    def replace_folder(self, beside: Path, final: Path) -> None:
-        """Put a finished folder in place of an older one: readers see the old or the new."""
-        if final.exists():
-            old = final.with_name(f".{final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-            beside.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(final)
-        sync_folder(final.parent)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
