@@ -1,7 +1,7 @@
 """Causal language models: loading, LoRA, log-probabilities of completions, saving.
 
-Weights are kept in float32; `Processes.autocast` brings bfloat16 to the matrices. Dropout is off everywhere: what is sampled, what is trained
-and what is measured are one distribution.
+Weights are kept in float32; `Processes.autocast` brings bfloat16 to the matrices. Dropout is off everywhere: what is sampled, what
+is trained and what is measured are one distribution.
 """
 
 import copy
@@ -93,6 +93,7 @@ def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: b
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if isinstance(model, PeftModel):
             plain.enable_input_require_grads()
+        model.train()  # transformers recomputes activations in training mode only; there is no dropout left to wake
     return model.to(device)
 
 

@@ -101,11 +101,11 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: all of them then do the same."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on any process: all of them then do the same."""
         if self.world == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+            return flags
+        return tuple((self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist())
 
     def same_start(self, modules: Iterable[nn.Module]) -> None:
         """Give every process the weights of process 0."""

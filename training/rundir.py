@@ -92,6 +92,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, config: dict[str, Any]) -> None:
         self.path = Path(path).resolve()
         self.config = config
+        self.is_writer = True  # of several processes, the first one writes events and results
         self._line_is_open: bool | None = None
 
     @classmethod
@@ -173,6 +174,8 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line. Two writers never mix, and a line cut short by a crash never swallows the next one."""
+        if not self.is_writer:
+            return
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **finite(fields)}, ensure_ascii=False, default=str) + "\n"
         file = self.path / "events.jsonl"
         if self._line_is_open is None:
@@ -210,6 +213,8 @@ class RunDirectory:
         self, *, metrics: Mapping[str, Any], artefacts: Mapping[str, Any], seconds: float, counts: Mapping[str, Any] | None = None
     ) -> None:
         """The last act of a run that went well; its presence means success."""
+        if not self.is_writer:
+            return
         result = {
             "format": RESULT_FORMAT,
             "method": self.method,
