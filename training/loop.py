@@ -102,14 +102,14 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
         tokens += step_tokens
         done = step + 1
         if done % options.log_steps == 0 or done == steps:
-            _report(progress, done, sums, tokens, update, optimiser)
+            _report(progress, done, sums=sums, tokens=tokens, update=update, optimiser=optimiser)
             sums, tokens = {}, 0.0
         if options.evaluate_steps and done % options.evaluate_steps == 0 and done < steps:
             run.event("evaluation", step=done, metrics=objective.evaluate())
         due = bool(options.checkpoint_seconds) and time.monotonic() - saved_at >= options.checkpoint_seconds
         stop, due = processes.any(stop_requested(), due)
         if done < steps and (stop or due or (options.checkpoint_steps and done % options.checkpoint_steps == 0)):
-            _save(training, optimiser, progress, done, sums, tokens)
+            _save(training, optimiser, progress, done, sums=sums, tokens=tokens)
             saved_at = time.monotonic()
         if stop and done < steps:
             run.event("end", status="stopped", step=done)
@@ -132,7 +132,7 @@ def _step(training: Training, optimiser: Optimiser, indices: list[int], step: in
     return float(sum(my_costs)), optimiser.step(step, processes)
 
 
-def _report(progress: Progress, done: int, sums: Sums, tokens: float, update: Update, optimiser: Optimiser) -> None:
+def _report(progress: Progress, done: int, *, sums: Sums, tokens: float, update: Update, optimiser: Optimiser) -> None:
     progress.report(
         done,
         sums,
@@ -145,7 +145,7 @@ def _report(progress: Progress, done: int, sums: Sums, tokens: float, update: Up
         progress.run.event("warning", text=f"step {done} was skipped: its gradients are not finite ({optimiser.skipped} so far)")
 
 
-def _save(training: Training, optimiser: Optimiser, progress: Progress, step: int, sums: Sums, tokens: float) -> None:
+def _save(training: Training, optimiser: Optimiser, progress: Progress, step: int, *, sums: Sums, tokens: float) -> None:
     """Every process comes here; the first one writes. Sums of the steps since the last report are kept, so that no metric has a hole."""
     all_sums = training.processes.gather({name: [float(top), float(bottom)] for name, (top, bottom) in sums.items()})
     all_tokens = training.processes.gather(tokens)

@@ -1,0 +1,26 @@
+"""Options of the reward model's training. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.options import TrainingOptions, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardOptions(TrainingOptions):
+    """`batch_rankings` rankings make one step; rankings of the same completions stay together, and each completion is encoded once."""
+
+    batch_rankings: int = 32
+    learning_rate: float = 1e-4
+    epochs: float = 2.0
+    ties: Literal["davidson", "half", "drop"] = "davidson"
+    tie_learning_rate: float = 0.01  # of Davidson's tie parameter, which starts from the share of ties
+    centring: float = 0.0  # weight of (mean of a pair's scores)^2: keeps scores near 0
+    bootstrap_samples: int = 1000  # for the interval of the held-out accuracy
+
+    def __post_init__(self) -> None:
+        TrainingOptions.__post_init__(self)
+        require(self.batch_rankings >= 1, "batch_rankings must be at least 1.")
+        require(self.tie_learning_rate > 0, "tie_learning_rate must be positive.")
+        require(self.centring >= 0, "centring must not be negative.")
+        require(self.bootstrap_samples >= 100, "bootstrap_samples must be at least 100.")
