@@ -1,0 +1,48 @@
+"""Turns the events of a run into the progress of its job row. Pure, apart from reading the run directory."""
+
+from collections.abc import Iterable
+from typing import Any
+
+# Warnings are counted in the row and kept in full in events.jsonl.
+COUNTED_AS_WARNING = ("warning", "alarm")
+
+
+def progress_of(events: Iterable[dict[str, Any]], *, warnings: int = 0) -> dict[str, Any]:
+    """Fields of the job row that the events change; the newest step wins, also when a resumed run goes back to its checkpoint."""
+    changes: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    for event in events:
+        kind = event.get("kind")
+        if kind in COUNTED_AS_WARNING:
+            warnings += 1
+            changes["warnings"] = warnings
+        elif kind == "start":
+            changes["steps"] = int(event.get("steps") or 0)
+        elif kind == "resume":
+            changes["step"] = int(event.get("step") or 0)
+        elif kind in ("step", "evaluation"):
+            metrics |= numbers(event.get("metrics"))
+            if kind == "step":
+                changes |= _step(event)
+    if metrics:
+        changes["metrics"] = metrics
+    return changes
+
+
+def _step(event: dict[str, Any]) -> dict[str, Any]:
+    changes: dict[str, Any] = {"step": int(event.get("step") or 0)}
+    if event.get("steps"):
+        changes["steps"] = int(event["steps"])
+    if "eta_seconds" in event:
+        changes["eta_seconds"] = event["eta_seconds"]
+    speed = numbers(event.get("metrics")).get("tokens_per_second")
+    if speed is not None:
+        changes["tokens_per_second"] = speed
+    return changes
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    """The plain numbers among the metrics; what is not a finite number was written as null and is left out."""
+    if not isinstance(metrics, dict):
+        return {}
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}

@@ -1,0 +1,188 @@
+"""Reads about jobs, models and rounds."""
+
+import difflib
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db.models import F, QuerySet
+
+from alignment.launch import child_command
+from alignment.models import Job, Round, TrainedModel
+from annotation.errors import Refused
+
+
+def job_get(*, name: str) -> Job:
+    """By name or number. Raises Refused (404) with the near name."""
+    found = Job.objects.select_related("project", "round", "snapshot", "blocked_by").filter(name=name).first()
+    if found is None and name.isdigit():
+        found = Job.objects.filter(pk=int(name)).first()
+    if found is None:
+        near = difflib.get_close_matches(name, Job.objects.values_list("name", flat=True), n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else "`manage.py jobs list --all` shows them all."
+        raise Refused("job_not_found", f"There is no job {name!r}. {hint}", status=404)
+    return found
+
+
+def jobs_lost_for_good(*, now: datetime) -> QuerySet[Job]:
+    """Jobs whose worker is gone and that have been taken up as often as they may."""
+    return Job.objects.filter(state=Job.State.RUNNING, lease_expires_at__lt=now, attempt__gte=F("max_attempts"))
+
+
+def model_reference(*, text: str) -> str | dict[str, str]:
+    """What a person calls a model: the name of one that a job made (or will make), a folder, or a hub id such as `org/name`.
+
+    Raises Refused (404) when it is none of them.
+    """
+    if TrainedModel.objects.filter(name=text).exists() or Job.objects.filter(name=text).exists():
+        return {"name": text}
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if "/" in text and not text.startswith((".", "/", "~")) and text.count("/") == 1:
+        return text
+    near = difflib.get_close_matches(text, TrainedModel.objects.values_list("name", flat=True), n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else "Name a model of `manage.py jobs list`, an existing folder, or a hub id like org/name."
+    raise Refused("model_not_found", f"There is no model {text!r}. {hint}", status=404)
+
+
+def inputs_resolved(*, job: Job) -> dict[str, Any]:
+    """The inputs as the child reads them: paths and hub ids only. Raises Refused if a model that it needs is not there."""
+    resolved: dict[str, Any] = {}
+    for name, value in job.inputs.items():
+        if isinstance(value, dict) and "name" in value:
+            model = TrainedModel.objects.filter(name=value["name"]).first()
+            if model is None:
+                raise Refused("model_not_made", f"{job.name} needs the model {value['name']!r}, which has not been made.", status=404)
+            resolved[name] = str(model.folder)
+        else:
+            resolved[name] = value
+    return resolved
+
+
+def run_command(*, job: Job) -> str:
+    """The shell line that repeats the run by hand, from the product's folder."""
+    folder = job.folder
+    if folder.is_relative_to(settings.BASE_DIR):
+        folder = folder.relative_to(settings.BASE_DIR)
+    words = child_command(folder, job.processes)
+    return shlex.join(["python" if word.endswith(("python", "python3")) else word for word in words])
+
+
+def align_command(*, job: Job) -> str:
+    """The `manage.py align` line that asks for the same job under another name."""
+    words = ["manage.py", "align", job.method]
+    if job.project:
+        words.append(job.project.slug)
+    for name, value in job.inputs.items():
+        if name == "data" and job.snapshot and isinstance(value, dict) and value.get("digest") == job.snapshot.digest:
+            words += ["--snapshot", job.snapshot.digest]
+        elif isinstance(value, dict):
+            words += ["--" + name.replace("_", "-"), str(value.get("name") or value.get("path"))]
+        else:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    for name, value in sorted(job.options.items()):
+        words += ["--set", f"{name}={_toml(value)}"]
+    words += ["--seed", str(job.seed)]
+    if job.processes > 1:
+        words += ["--processes", str(job.processes)]
+    return shlex.join(words)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def job_summary(job: Job) -> dict[str, Any]:
+    """A job as scripts read it; times are ISO 8601, UTC."""
+    model = TrainedModel.objects.filter(job=job).first()
+    return {
+        "name": job.name,
+        "method": job.method,
+        "state": job.state,
+        "project": job.project.slug if job.project else None,
+        "round": job.round.number if job.round else None,
+        "attempt": job.attempt,
+        "step": job.step,
+        "steps": job.steps,
+        "eta_seconds": job.eta_seconds,
+        "metrics": job.metrics,
+        "warnings": job.warnings,
+        "exit_code": job.exit_code,
+        "error": job.error,
+        "remedy": job.remedy,
+        "seed": job.seed,
+        "processes": job.processes,
+        "inputs": job.inputs,
+        "options": job.options,
+        "needs": sorted(job.needs.values_list("name", flat=True)),
+        "model": {"name": model.name, "path": str(model.folder), "digest": model.digest} if model else None,
+        "run_directory": str(job.folder),
+        "created_at": _iso(job.created_at),
+        "started_at": _iso(job.started_at),
+        "finished_at": _iso(job.finished_at),
+    }
+
+
+def round_summary(made: Round) -> dict[str, Any]:
+    """A round with its jobs, and the figures of each policy beside the one that it started from."""
+    made = Round.objects.select_related("project", "snapshot").get(pk=made.pk)
+    jobs = list(made.jobs.select_related("project", "round").order_by("id"))
+    return {
+        "project": made.project.slug,
+        "number": made.number,
+        "state": made.state,
+        "methods": made.methods,
+        "snapshot": made.snapshot.digest if made.snapshot else None,
+        "counts": made.counts,
+        "home_at": _iso(made.home_at),
+        "reward_model": next((job.metrics for job in jobs if job.method == Job.Method.REWARD), None),
+        "policies": {method: _policy_figures(jobs, made, method) for method in made.methods},
+        "jobs": [job_summary(job) for job in jobs],
+    }
+
+
+def _policy_figures(jobs: list[Job], made: Round, method: str) -> dict[str, Any]:
+    stem = f"{made.project.slug}-r{made.number}"
+    by_name = {job.name: job for job in jobs}
+    trained, evaluated = by_name.get(f"{stem}-{method}"), by_name.get(f"{stem}-evaluate-{method}")
+    return {
+        "model": trained.name if trained and trained.state == Job.State.SUCCEEDED else None,
+        "state": trained.state if trained else None,
+        "evaluation": evaluated.metrics if evaluated and evaluated.state == Job.State.SUCCEEDED else None,
+    }
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
+
+
+def samples_of(*, job: Job, limit: int) -> list[dict[str, Any]]:
+    """The first rows of what `evaluate` and `generate` wrote; empty when the folder is not on this machine."""
+    for name in ("samples.jsonl", "completions.jsonl"):
+        try:
+            with (job.folder / name).open(encoding="utf-8") as lines:
+                return [json.loads(line) for _, line in zip(range(limit), lines, strict=False) if line.strip()]
+        except (OSError, ValueError):
+            continue
+    return []
+
+
+def lineage_lines(*, job: Job, model: TrainedModel | None) -> list[str]:
+    """Where a run comes from and what came of it, in words."""
+    lines = [
+        f"from {name}: {value.get('name') or value.get('path') if isinstance(value, dict) else value}" for name, value in job.inputs.items()
+    ]
+    if job.snapshot:
+        lines.append(f"rankings: snapshot {job.snapshot.digest}")
+    if model:
+        lines.append(f"made the {model.get_kind_display()} {model.name}, SHA-256 {model.digest[:12]}, in {model.folder}")
+        lines += [f"used by {link.child.name} ({link.get_role_display()} it)" for link in model.child_links.select_related("child")]
+    return lines

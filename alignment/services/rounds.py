@@ -1,0 +1,144 @@
+"""One call makes a whole round: snapshot, reward model, policies, new completions, evaluation, and the way home to the raters."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+
+from alignment.models import Round
+from alignment.selectors import model_reference
+from alignment.services.home import round_open
+from alignment.services.jobs import JobRequest, job_create
+from alignment.services.prompt_files import SPLITS, prompts_write
+from annotation.errors import Refused
+from annotation.models import MAX_COMPLETIONS, Project, Prompt, Snapshot, User
+from annotation.services.snapshots import snapshot_create
+
+POLICY_METHODS = ("dpo", "ppo")
+STEPS = ("reward", *POLICY_METHODS, "generate", "evaluate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRequest:
+    """A round to run. `options` has one table per step: {"reward": {"epochs": 2}, "dpo": {"beta": 0.2}, ...}."""
+
+    project: Project
+    model: str  # the policy to start from: a model's name, a folder or a hub id
+    methods: tuple[str, ...] = ("dpo",)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    snapshot: Snapshot | None = None  # None: of the rankings as they are now
+    reward_model: str = ""  # "": learn one from the snapshot
+    prompts: int = 100  # to write new completions for; 0: all
+    prompt_split: str = "all"
+    shown: int = 4  # completions per prompt that raters get to see, of all policies together
+    seed: int = 0
+    processes: int = 1
+    created_by: User | None = None
+
+
+def round_check(*, request: RoundRequest) -> None:
+    """Raises Refused for what can be seen to be wrong before anything is written."""
+    unknown = [name for name in request.methods if name not in POLICY_METHODS]
+    if unknown or not request.methods or len(set(request.methods)) != len(request.methods):
+        raise Refused("methods_invalid", f"methods must be one or both of {', '.join(POLICY_METHODS)}, each once; got {request.methods!r}.")
+    strange = [name for name in request.options if name not in STEPS]
+    if strange:
+        raise Refused(
+            "step_unknown", f"A round has no step {strange[0]!r}: its options are tables of {', '.join(STEPS)}, as in dpo.beta=0.2."
+        )
+    if not 2 <= request.shown <= MAX_COMPLETIONS:
+        raise Refused("shown_invalid", f"Raters are shown 2 to {MAX_COMPLETIONS} completions of a prompt; got {request.shown}.")
+    if request.prompts < 0 or request.prompt_split not in SPLITS:
+        raise Refused("prompts_invalid", f"prompts must be 0 or more, and their split one of {', '.join(SPLITS)}.")
+
+
+def round_create(*, request: RoundRequest) -> Round:
+    """Queue all jobs of a new round; workers do the rest, and the last `generate` brings its completions home.
+
+    Raises Refused for bad options, an unknown model, a project without rankings, ...; then nothing is queued.
+    """
+    round_check(request=request)
+    start = model_reference(text=request.model)
+    snapshot = request.snapshot or snapshot_create(project=request.project, created_by=request.created_by)
+    if not snapshot.counts.get("rankings", 0):
+        raise Refused("no_rankings", f"Project {request.project.slug} has no rankings to learn from: let raters rank, or load some.")
+    with transaction.atomic():
+        made = round_open(
+            project=request.project,
+            methods=list(request.methods),
+            settings={"shown": request.shown, "start": request.model},
+            snapshot=snapshot,
+            created_by=request.created_by,
+        )
+        _Chain(request, made, start).queue()
+    return made
+
+
+class _Chain:
+    """Queues the jobs of one round in the order in which they need each other."""
+
+    def __init__(self, request: RoundRequest, made: Round, start: str | dict[str, str]) -> None:
+        self.request, self.made, self.start = request, made, start
+        self.rankings = snapshot_input(made.snapshot) if made.snapshot else {}
+
+    def queue(self) -> None:
+        request = self.request
+        reward = model_reference(text=request.reward_model) if request.reward_model else self._reward()
+        policies = {method: self._policy(method, reward) for method in request.methods}
+        policies["start"] = self.start
+        self._generate(policies)
+        self._evaluate(policies, reward)
+
+    def _job(self, step: str, suffix: str, inputs: dict[str, Any], options: dict[str, Any] | None = None) -> dict[str, str]:
+        request = self.request
+        job = job_create(
+            request=JobRequest(
+                method=step,
+                name=f"{request.project.slug}-r{self.made.number}-{suffix}",
+                project=request.project,
+                round=self.made,
+                snapshot=self.made.snapshot if step in ("reward", "dpo", "ppo") else None,
+                inputs=inputs,
+                options={**(options or {}), **request.options.get(step, {})},
+                seed=request.seed,
+                processes=request.processes,
+                created_by=request.created_by,
+            )
+        )
+        return {"name": job.name}
+
+    def _reward(self) -> dict[str, str]:
+        return self._job("reward", "reward", {"model": self.start, "data": self.rankings})
+
+    def _policy(self, method: str, reward: Any) -> dict[str, str]:
+        if method == "dpo":
+            return self._job("dpo", "dpo", {"model": self.start, "data": self.rankings})
+        prompts = prompts_write(project=self.request.project, split="train", seed=self.request.seed)
+        return self._job("ppo", "ppo", {"model": self.start, "reward_model": reward, "data": prompts})
+
+    def _generate(self, policies: dict[str, Any]) -> None:
+        request = self.request
+        prompts = prompts_write(project=request.project, split=request.prompt_split, limit=request.prompts, seed=request.seed)
+        samples = max(1, math.ceil(request.shown / len(policies)))
+        for name, policy in policies.items():
+            self._job("generate", f"generate-{name}", {"model": policy, "data": prompts}, {"samples": samples})
+
+    def _evaluate(self, policies: dict[str, Any], reward: Any) -> None:
+        split = "held_out"
+        if not Prompt.objects.filter(project=self.request.project, split=split).exists():
+            split = "all"
+            self.made.counts = {**self.made.counts, "no_held_out_prompts": 1}
+            self.made.save(update_fields=["counts"])
+        prompts = prompts_write(project=self.request.project, split=split, seed=self.request.seed)
+        for name in self.request.methods:
+            inputs = {"model": policies[name], "baseline": self.start, "reward_model": reward, "data": prompts}
+            self._job("evaluate", f"evaluate-{name}", inputs)
+
+
+def snapshot_input(snapshot: Snapshot) -> dict[str, str]:
+    path = Path(settings.SNAPSHOTS_DIR) / snapshot.digest / "rankings.jsonl"
+    return {"path": str(path), "digest": snapshot.digest}
