@@ -136,13 +136,14 @@ class PromptItem:
     completions: tuple[CompletionItem, ...] = ()
     place_of: tuple[int, ...] = ()
     digest: str = ""
+    round: int = 0
 
     @property
     def repeated(self) -> int:
         return len(self.place_of) - len(self.completions)
 
     @classmethod
-    def checked(cls, raw: Any) -> "PromptItem":
+    def checked(cls, raw: Any, round: int = 0) -> "PromptItem":
         """From {key?, messages, completions?: [{text, policy, run, sampling}]}. Raises: ContentRefused."""
         if not isinstance(raw, Mapping):
             raise ContentRefused(f"a prompt must be an object with `messages`, not {_kind(raw)}")
@@ -159,6 +160,7 @@ class PromptItem:
             completions=distinct,
             place_of=place_of,
             digest=prompt_digest(messages),
+            round=round,
         )
 
 

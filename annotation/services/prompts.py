@@ -57,24 +57,18 @@ def prompts_add(*, project: Project, items: Iterable[Any], round: int = 0) -> di
         parsed = []
         for number, raw in numbered:
             try:
-                parsed.append(PromptItem.checked(raw))
+                parsed.append(PromptItem.checked(raw, round))
             except ContentRefused as error:
                 raise Refused("prompt_refused", f"Item {number}: {error}.") from error
         with transaction.atomic():
-            stored = prompts_store(project=project, items=parsed, round=round, counts=counts)
+            stored = prompts_store(project=project, items=parsed, counts=counts)
             if refused := next((one for one in stored if isinstance(one, ContentRefused)), None):
                 raise Refused("prompt_key_taken", f"Project {project.slug}: {refused}.", status=409)
             counts["slots"] += _slots_create([one for one in stored if isinstance(one, StoredPrompt)])
     return dict(counts)
 
 
-def prompts_store(
-    *,
-    project: Project,
-    items: Sequence[PromptItem],
-    round: int,
-    counts: Counter[str],
-) -> list[StoredPrompt | ContentRefused]:
+def prompts_store(*, project: Project, items: Sequence[PromptItem], counts: Counter[str]) -> list[StoredPrompt | ContentRefused]:
     """Store one batch without slots; an item whose key has other content comes back as its refusal. Call inside a transaction."""
     # Two loads into one project take turns. Without FOR UPDATE's "no key" they would also stop every insert that points to the project.
     Project.objects.select_for_update(no_key=True).get(pk=project.pk)
@@ -84,7 +78,7 @@ def prompts_store(
     for item in items:
         stored = known.get(item.key)
         if stored is None:
-            stored = known[item.key] = _new_prompt(project, item, round)
+            stored = known[item.key] = _new_prompt(project, item)
             rows += stored.fill(item)
             counts["prompts"] += 1
             counts["repeated"] += item.repeated
@@ -111,14 +105,14 @@ def _known_prompts(project: Project, keys: set[str]) -> dict[str, StoredPrompt]:
     return known
 
 
-def _new_prompt(project: Project, item: PromptItem, round: int) -> StoredPrompt:
+def _new_prompt(project: Project, item: PromptItem) -> StoredPrompt:
     prompt = Prompt(
         project=project,
         key=item.key,
         messages=item.messages,
         digest=item.digest,
         split=split_of(item.digest, project.held_out_percent),
-        round=round,
+        round=item.round,
         overlap=project.overlap,
     )
     return StoredPrompt(prompt, {}, is_new=True)
