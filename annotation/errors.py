@@ -14,18 +14,23 @@ class Refused(Exception):
         self.code, self.message, self.status = code, message, status
 
 
+def error_body(code: str, message: str, **more: Any) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, **more}}
+
+
 def api_exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
     """Give every API error one shape: {"error": {"code", "message", "fields"?}}."""
     if isinstance(error, Refused):
-        return Response({"error": {"code": error.code, "message": error.message}}, status=error.status)
+        return Response(error_body(error.code, error.message), status=error.status)
     response = exception_handler(error, context)
     if response is None:
         return None
     data = response.data
     if isinstance(data, dict) and set(data) == {"detail"}:
         detail = data["detail"]
-        response.data = {"error": {"code": getattr(detail, "code", "error"), "message": str(detail)}}
+        response.data = error_body(getattr(detail, "code", "error"), str(detail))
     else:
-        message = "Some fields are missing or wrong."
-        response.data = {"error": {"code": "invalid", "message": message, "fields": data}}
+        names = ", ".join(str(name) for name in data) if isinstance(data, dict) else ""
+        message = f"Missing or wrong: {names}." if names else "The request is not valid."
+        response.data = error_body("invalid", message, fields=data)
     return response
