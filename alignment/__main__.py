@@ -5,9 +5,11 @@ Several processes: `accelerate launch --num_processes 2 -m alignment RUN_DIR` (w
 
 import os
 
-# Before any of these libraries is imported: no telemetry, and no thread pools that deadlock in a fork.
+# Before any of these libraries is imported: no telemetry, no thread pools that deadlock in a fork, and threads that sleep while they wait:
+# on a machine shared with the site and its database, threads that spin were measured at half the speed.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import importlib
 import logging

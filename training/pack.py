@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.rankings import EncodedRanking
+
 # What a further forward pass costs, as if it were tokens: below this much padding, splitting a group is not worth it.
 FORWARD_OVERHEAD_TOKENS = 64
 
@@ -117,6 +119,21 @@ def pad_rows(rows: Sequence[Row], pad_id: int) -> Padded:
         real[place, :end] = 1
         completion[place, start:end] = 1
     return Padded(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(completion))
+
+
+def gather_rows(items: Sequence[EncodedRanking]) -> tuple[list[Row], Tensor]:
+    """The distinct rows of several prompts, one after the other, and where each completion finds its row.
+
+    Returns: rows;  places (B, K) int64: completion k of item b is rows[places[b, k]]; items with fewer than K completions repeat a row,
+             which no pair names.
+    """
+    rows: list[Row] = []
+    width = max((item.size for item in items), default=0)
+    places = torch.zeros((len(items), width), dtype=torch.long)
+    for number, item in enumerate(items):
+        places[number, : item.size] = torch.tensor(item.places) + len(rows)
+        rows += [Row(item.prompt_ids, row) for row in item.rows]
+    return rows, places
 
 
 def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:

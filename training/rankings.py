@@ -56,6 +56,11 @@ class EncodedRanking:
     def size(self) -> int:
         return len(self.places)
 
+    @property
+    def tokens(self) -> int:
+        """Of all rows, the prompt counted with each."""
+        return sum(len(self.prompt_ids) + len(row) for row in self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
