@@ -53,6 +53,15 @@ class Round(models.Model):
         return f"{self.project_id} round {self.number}"
 
 
+def visible(rows: Any, user: Any) -> Any:
+    """Staff see every job and model; a project's managers see the project's; nobody else sees any."""
+    if not user.is_authenticated:
+        return rows.none()
+    if user.is_staff:
+        return rows
+    return rows.filter(project__memberships__user=user, project__memberships__role="manager")
+
+
 class JobQuerySet(models.QuerySet["Job"]):
     def active(self) -> "JobQuerySet":
         return self.filter(state__in=Job.ACTIVE)
@@ -62,12 +71,7 @@ class JobQuerySet(models.QuerySet["Job"]):
         return self.filter(Q(state=Job.State.QUEUED) | Q(state__in=Job.HELD, lease_expires_at__lt=now))
 
     def visible_to(self, user: Any) -> "JobQuerySet":
-        """Staff see every job; a project's managers see the project's."""
-        if not user.is_authenticated:
-            return self.none()
-        if user.is_staff:
-            return self
-        return self.filter(project__memberships__user=user, project__memberships__role="manager")
+        return visible(self, user)
 
 
 class Job(models.Model):
@@ -183,6 +187,11 @@ class Job(models.Model):
         return None
 
 
+class TrainedModelQuerySet(models.QuerySet["TrainedModel"]):
+    def visible_to(self, user: Any) -> "TrainedModelQuerySet":
+        return visible(self, user)
+
+
 class TrainedModel(models.Model):
     """A model that a job made: where it lies, what it is, what it came from (`parents`) and what came of it (`children`)."""
 
@@ -200,6 +209,8 @@ class TrainedModel(models.Model):
     parents = models.ManyToManyField("self", symmetrical=False, through="ModelParent", related_name="children")
     metrics = models.JSONField(default=dict, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = TrainedModelQuerySet.as_manager()
 
     class Meta:
         ordering = ["-created_at", "-id"]

@@ -41,10 +41,9 @@ class DPOOptions(TrainingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOOptions(TrainingOptions):
-    """One step: sample `prompts_per_step` x `samples_per_prompt` episodes, score them, then `passes` passes over them in `minibatches` parts.
-
-    The number of steps is `max_steps`, or what `epochs` over the prompts hold. Rewards are in units of the reward model's spread.
-    """
+    """One step samples `prompts_per_step` x `samples_per_prompt` episodes, scores them, and passes over them `passes` times, each time in
+    `minibatches` optimiser steps. There are `max_steps` of them, or what `epochs` over the prompts hold. Rewards are in units of the
+    reward model's spread."""
 
     prompts_per_step: int = 64
     samples_per_prompt: int = 4

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.db.models import F, QuerySet
+from django.db.models import Count, F, QuerySet
 
+from alignment.curves import charts_of, shown
+from alignment.follow import COUNTED_AS_WARNING, numbers
 from alignment.launch import child_command
-from alignment.models import Job, Round, TrainedModel
+from alignment.models import Job, ModelParent, Round, TrainedModel
+from alignment.progress import duration, facts
 from annotation.errors import Refused
+from annotation.models import Completion
+from training.errors import InputError
+from training.rundir import RunDirectory
 
 
 def job_get(*, name: str) -> Job:
@@ -186,3 +192,88 @@ def lineage_lines(*, job: Job, model: TrainedModel | None) -> list[str]:
         lines.append(f"made the {model.get_kind_display()} {model.name}, SHA-256 {model.digest[:12]}, in {model.folder}")
         lines += [f"used by {link.child.name} ({link.get_role_display()} it)" for link in model.child_links.select_related("child")]
     return lines
+
+
+def events_of(*, job: Job) -> list[dict[str, Any]]:
+    """All events of the run; empty when its folder is not on this machine."""
+    try:
+        return RunDirectory.open(job.folder).read_events(0)[0]
+    except InputError:
+        return []
+
+
+def run_page(*, job: Job) -> dict[str, Any]:
+    """What the page of a run shows."""
+    events = events_of(job=job)
+    models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
+    return {
+        "job": job,
+        "inputs": [(name.replace("_", " "), value, models.get(_name_of(value))) for name, value in job.inputs.items()],
+        "model": TrainedModel.objects.filter(job=job).first(),
+        "needs": job.needs.order_by("id"),
+        "dependents": job.dependents.order_by("id"),
+        "charts": charts_of(events),
+        "notes": [event for event in events if event.get("kind") not in ("step", "evaluation")][-40:][::-1],
+        "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
+        "counts": next((event for event in reversed(events) if event.get("kind") == "counts"), None),
+        "figures": [(name, shown(value)) for name, value in sorted(numbers(job.metrics).items())],
+        "samples": samples_of(job=job, limit=8),
+        "facts": facts(job),
+        "percent": round(100 * job.share_done),
+        "eta": duration(job.eta_seconds) if job.state == Job.State.RUNNING else "",
+        "command": run_command(job=job),
+        "again": align_command(job=job),
+        "can": _changes_possible(job),
+    }
+
+
+def _changes_possible(job: Job) -> dict[str, bool]:
+    ended_badly = job.state in (Job.State.STOPPED, Job.State.CANCELLED, Job.State.FAILED)
+    return {"cancel": job.is_active and job.state != Job.State.CANCELLING, "resume": ended_badly, "retry": ended_badly}
+
+
+def _name_of(value: Any) -> str:
+    return value.get("name", "") if isinstance(value, dict) else ""
+
+
+def _names(job: Job) -> list[str]:
+    return [name for name in map(_name_of, job.inputs.values()) if name]
+
+
+def model_page(*, model: TrainedModel) -> dict[str, Any]:
+    """A model, the models that it came from and those that came of it (each step of the way), and what it has written for people."""
+    up, down = _walk(model, "parent"), _walk(model, "child")
+    written = (
+        Completion.objects.filter(policy=model.name)
+        .values("prompt__project__slug", "prompt__round")
+        .annotate(completions=Count("id"), prompts=Count("prompt", distinct=True))
+        .order_by("prompt__project__slug", "prompt__round")
+    )
+    used_by = Job.objects.filter(pk__in=[job.pk for job in Job.objects.filter(project=model.project) if model.name in _names(job)])
+    return {
+        "model": model,
+        "ancestors": up,
+        "descendants": down,
+        "written": written,
+        "used_by": used_by.order_by("id"),
+        "figures": [(name, shown(value)) for name, value in sorted(numbers(model.metrics).items())],
+        "start": model.job.inputs.get("model") if model.job and not isinstance(model.job.inputs.get("model"), dict) else "",
+    }
+
+
+def _walk(model: TrainedModel, side: str) -> list[dict[str, Any]]:
+    """Each link on the way up or down, breadth first, with its depth; a model that is reached twice is shown where it is reached first."""
+    other = "child" if side == "parent" else "parent"
+    seen, front, found = {model.pk}, [model.pk], []
+    depth = 1
+    while front:
+        links = ModelParent.objects.filter(**{f"{other}__in": front}).select_related("parent", "child").order_by("id")
+        front = []
+        for link in links:
+            reached = getattr(link, side)
+            found.append({"depth": depth, "model": reached, "role": link.get_role_display(), "of": getattr(link, other)})
+            if reached.pk not in seen:
+                seen.add(reached.pk)
+                front.append(reached.pk)
+        depth += 1
+    return found

@@ -16,8 +16,8 @@ from alignment.methods import (
     EXIT_STOPPED,
     METHODS,
     Method,
-    options_class,
     options_check,
+    options_class,
 )
 from alignment.models import Job, Round
 from alignment.requests import Asked, job_request, round_request
