@@ -1,0 +1,134 @@
+"""What one PPO step learns from: episodes with their log-probabilities, values and scores. Never logits.
+
+Completions are packed to the left: entry (n, t) of a tensor belongs to token t of completion n, whatever the length of its prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from alignment.advantages import episode_rewards, gae, masked_mean, whiten
+from alignment.options import PPOOptions
+from alignment.ppo_losses import kl_k1, kl_k3
+from alignment.rollout import Sample
+from training.pack import Padded, Row, length_groups, pad_rows
+
+
+@dataclass(slots=True)
+class Experience:
+    """Episodes of one step, on the CPU, equal on every process.
+
+    Shapes: N episodes, T tokens in the longest completion.   Units: log-probabilities and entropies in nats, scores in normalised reward.
+    mask (N, T) bool: real completion tokens, the stop token among them;  logps: under the policy that sampled, at its temperature;
+    reference_logps: of the same tokens at the same temperature;  values: the value model's expectation before each token;
+    scores (N,): the reward model's, before any penalty;  finished (N,) bool: ended by a stop token.
+    """
+
+    rows: list[Row]
+    mask: Tensor
+    logps: Tensor
+    entropies: Tensor
+    reference_logps: Tensor
+    values: Tensor
+    scores: Tensor
+    finished: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the two losses aim at: advantages and returns (N, T) float32, and the rewards (N, T) that they come from."""
+
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def pack_left(values: Tensor, padded: Padded, width: int, *, before: int = 0) -> Tensor:
+    """Entries of the completion tokens, moved to the left edge.
+
+    Shapes: B rows of L tokens.
+    Args:    values (B, L): one number for each token of the row;  width: T, at least the longest completion;
+             before: take the entry of so many tokens earlier (1: the value *before* a token is read at the token before it).
+    Returns: (B, T), 0 beyond each completion's end.
+    """
+    lengths = padded.completion_mask.sum(-1, keepdim=True)
+    starts = padded.completion_mask.long().argmax(-1, keepdim=True)
+    steps = torch.arange(width, device=values.device)[None]
+    places = (starts + steps - before).clamp(0, values.shape[1] - 1)
+    return values.gather(1, places).masked_fill(steps >= lengths, 0)
+
+
+def by_token(
+    rows: Sequence[Row], pad_id: int, width: int, *, device: torch.device, budget: int, compute: Callable[[Padded], Tensor]
+) -> Tensor:
+    """`compute` on groups of near length, (B, L) -> (B, width), put back into the order of the rows: (N, width) float32 on the CPU."""
+    whole = torch.zeros((len(rows), width))
+    for group in length_groups([len(row) for row in rows], budget=budget):
+        padded = pad_rows([rows[index] for index in group], pad_id).to(device)
+        whole[torch.tensor(group)] = compute(padded).float().cpu()
+    return whole
+
+
+def padded_samples(samples: Sequence[Sample], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask, logps, entropies), each (N, width), of samples that keep their own lengths."""
+    mask = torch.zeros((len(samples), width), dtype=torch.bool)
+    logps, entropies = torch.zeros((len(samples), width)), torch.zeros((len(samples), width))
+    for place, sample in enumerate(samples):
+        length = len(sample.completion_ids)
+        mask[place, :length] = True
+        logps[place, :length] = sample.logps
+        entropies[place, :length] = sample.entropies
+    return mask, logps, entropies
+
+
+def join(parts: Sequence[Experience], order: Sequence[int]) -> Experience:
+    """The episodes of all processes as one, put into the order of the step: `order[i]` is the place of the i-th in the parts' row."""
+    rows = [row for part in parts for row in part.rows]
+    index = torch.tensor(order)
+    tensors = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])[index] for field in fields(Experience) if field.name != "rows"
+    }
+    width = int(tensors["mask"].sum(1).max())
+    trimmed = {name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    return Experience(rows=[rows[place] for place in order], **trimmed)
+
+
+def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) -> Targets:
+    """Rewards, advantages and returns of a step, over all its episodes, so that minibatches share one whitening."""
+    scores = experience.scores - options.missing_eos_penalty * (~experience.finished).float()
+    kl = kl_k1(experience.logps, experience.reference_logps)
+    rewards = episode_rewards(scores, kl, experience.mask, kl_coefficient)
+    if options.whiten_rewards:
+        rewards = whiten(rewards, experience.mask, shift_mean=False)
+    advantages, returns = gae(rewards, experience.values, experience.mask, options.gamma, options.lam)
+    if options.whiten_advantages:
+        advantages = whiten(advantages, experience.mask)
+    return Targets(rewards, advantages, returns)
+
+
+def experience_metrics(experience: Experience) -> dict[str, float]:
+    """`reward` (mean normalised score), `kl_k1_nats` and `kl_k3_nats` (of whole completions), `entropy_nats` (a token), `length_tokens`,
+    `unfinished_share`."""
+    mask = experience.mask
+    logps, reference_logps = (tensor.masked_fill(~mask, 0) for tensor in (experience.logps, experience.reference_logps))
+    return {
+        "reward": float(experience.scores.double().mean()),
+        "kl_k1_nats": float(kl_k1(logps, reference_logps).double().sum(1).mean()),
+        "kl_k3_nats": float(kl_k3(logps, reference_logps).double().sum(1).mean()),
+        "entropy_nats": float(masked_mean(experience.entropies.double(), mask)),
+        "length_tokens": float(mask.sum(1).double().mean()),
+        "unfinished_share": float((~experience.finished).double().mean()),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Share of the returns' variance that the value model foresaw: 1 is all, 0 is no better than the mean, below 0 is worse."""
+    residual, known = (returns - values)[mask].double(), returns[mask].double()
+    variance = float(known.var(correction=0))
+    return 1 - float(residual.var(correction=0)) / variance if variance > 0 else 0.0

@@ -1,0 +1,143 @@
+"""The models of PPO, and what they say about episodes: policy, reference, reward model, and the value model that starts as the latter."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.experience import Experience, by_token, join, pack_left, padded_samples
+from alignment.options import PPOOptions
+from alignment.rollout import Sample, Sampling, sample_completions
+from rewardmodel.network import HEAD, load_reward_model, token_values
+from rewardmodel.score import REWARD_FILE, Scorer
+from training.encode import Encoder
+from training.errors import InputError
+from training.language_model import Lora, completion_logps, frozen_copy, load_policy, reference
+from training.pack import Padded, Row
+from training.processes import Processes
+from training.rundir import RunDirectory
+
+
+@dataclass(slots=True)
+class Actors:
+    """`reference` is None where the policy's own adapter can be switched off. Values and scores are normalised alike."""
+
+    policy: Any
+    reference: Any | None
+    value: Any
+    scorer: Scorer
+    encoder: Encoder
+    options: PPOOptions
+    processes: Processes
+
+    def experience(
+        self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True
+    ) -> tuple[Experience, dict[str, float]]:
+        """Sample and score. Each process takes its share of the prompts; all of them get all episodes, in the order of `prompts`.
+
+        Returns: the episodes, and seconds by part (`seconds_generate`, `seconds_score`) on this process.
+        """
+        started = time.monotonic()
+        places = self.processes.share(range(len(prompts)), [float(len(prompt)) for prompt in prompts])
+        sampling = Sampling(self.options.max_completion_tokens, temperature=self.options.temperature, seed=seed, step=step)
+        sampling.require_exact()
+        drawn = sample_completions(
+            self.policy,
+            [prompts[place] for place in places],
+            sampling,
+            stop_ids=self.encoder.stop_ids,
+            pad_id=self.encoder.pad_id,
+            samples=samples,
+            streams=places,
+            processes=self.processes,
+        )
+        sampled = time.monotonic()
+        mine = self._scored(drawn, with_values)
+        gathered = self.processes.gather((places, mine))
+        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
+        order = sorted(range(len(source)), key=source.__getitem__)
+        experience = join([part for _, part in gathered], order)
+        return experience, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
+
+    @torch.no_grad()
+    def _scored(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
+        rows = [sample.row for sample in drawn]
+        width = self.options.max_completion_tokens
+        mask, logps, entropies = padded_samples(drawn, width)
+        with self.processes.autocast():
+            if self.processes.dtype != "float32":
+                # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
+                logps = self._by_token(rows, lambda padded: self.logps(self.policy, padded))
+            with reference(self.policy, self.reference) as frozen:
+                reference_logps = self._by_token(rows, lambda padded: self.logps(frozen, padded))
+            values = self._by_token(rows, self.values) if with_values else torch.zeros_like(logps)
+            raw = self.scorer.raw_scores([self._as_judged(sample) for sample in drawn])
+        return Experience(
+            rows=rows,
+            mask=mask,
+            logps=logps,
+            entropies=entropies,
+            reference_logps=reference_logps,
+            values=values,
+            scores=self.scorer.normalise(raw),
+            finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
+        )
+
+    def _by_token(self, rows: Sequence[Row], compute: Any) -> Tensor:
+        return by_token(
+            rows,
+            self.encoder.pad_id,
+            self.options.max_completion_tokens,
+            device=self.processes.device,
+            budget=self.options.tokens_per_micro_batch,
+            compute=compute,
+        )
+
+    def logps(self, model: Any, padded: Padded) -> Tensor:
+        """(B, T): log-probability of each completion token at the sampling temperature, packed to the left."""
+        found = completion_logps(model, padded.input_ids, padded.attention_mask, padded.completion_mask, self.options.temperature)
+        return pack_left(found, padded, self.options.max_completion_tokens)
+
+    def values(self, padded: Padded) -> Tensor:
+        """(B, T): expected score before each completion token, read at the token before it, in normalised reward."""
+        raw = token_values(self.value, padded.input_ids, padded.attention_mask)
+        return pack_left(self.scorer.normalise(raw), padded, self.options.max_completion_tokens, before=1)
+
+    def _as_judged(self, sample: Sample) -> Row:
+        """The reward model learnt from completions that end in one token; a policy with several stop tokens is scored on that one."""
+        if sample.finished:
+            return Row(sample.prompt_ids, [*sample.completion_ids[:-1], self.encoder.end_id])
+        return sample.row
+
+    def value_notes(self) -> dict[str, Any]:
+        return {REWARD_FILE: self.scorer.notes.as_json()}
+
+
+def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, processes: Processes) -> Actors:
+    """All models of a run, on its device.
+
+    Raises:  InputError if the reward model reads other tokens than the policy writes, or the reference has another vocabulary.
+    """
+    inputs, device = run_directory.inputs, processes.device
+    scorer = Scorer.load(inputs["reward_model"], device=device, tokens_per_batch=2 * options.tokens_per_micro_batch)
+    if scorer.encoder.digest != encoder.digest:
+        raise InputError(
+            f"The reward model {inputs['reward_model']} reads other tokens or another template than the policy {inputs['model']} writes.",
+            remedy="Train the reward model from the same starting model (or one with the same tokenizer and template).",
+        )
+    shared = {"device": device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
+    policy = load_policy(inputs["model"], lora=Lora.of(options), **shared)
+    value = load_reward_model(inputs["reward_model"], lora=Lora.of(options, keep=(HEAD,)), **shared)
+    frozen = None
+    if inputs.get("reference"):
+        if Encoder.load(inputs["reference"], template=options.template).digest != encoder.digest:
+            raise InputError(
+                f"The reference {inputs['reference']} has other tokens.", remedy="Give the model PPO starts from."
+            )
+        frozen = load_policy(inputs["reference"], device=device).eval().requires_grad_(False)
+    elif not options.lora_rank:
+        frozen = frozen_copy(policy)
+    return Actors(policy, frozen, value, scorer, encoder, options, processes)
