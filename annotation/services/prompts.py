@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from django.db import transaction
 
@@ -13,7 +13,7 @@ from annotation.content import ContentRefused, PromptItem, prompt_digest, split_
 from annotation.errors import Refused
 from annotation.models import MAX_COMPLETIONS, Completion, Lease, Project, Prompt
 
-__all__ = ["prompt_digest", "prompts_add", "slots_open", "split_of"]
+__all__ = ["prompt_digest", "prompts_add", "slots_free", "slots_open", "split_of"]
 
 BATCH = 500
 T = TypeVar("T")
@@ -178,3 +178,14 @@ def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(rows)
     while batch := list(islice(source, size)):
         yield batch
+
+
+def slots_free(*, lease_ids: Iterable[int]) -> int:
+    """Take held slots back from their raters, for others to have now; rankings that are in stay. Returns how many were held."""
+    freed = 0
+    with transaction.atomic():
+        for pk in lease_ids:
+            # A new token with each: a submit under the old grant is refused, and the rater's page says why.
+            free = {"state": Lease.State.FREE, "rater": None, "token": uuid4(), "displayed": [], "granted_at": None, "expires_at": None}
+            freed += Lease.objects.filter(pk=pk, state=Lease.State.HELD).update(**free)
+    return freed
