@@ -18,7 +18,7 @@ from training.rundir import RunDirectory
 
 __all__ = ["stand"]
 pytestmark = pytest.mark.training
-STEPS = 1500  # enough that no run ends by itself while a test looks away
+STEPS = 1000  # enough that no run ends by itself while a test looks away
 LONG = ("--set", f"max_steps={STEPS}", "--set", "checkpoint_steps=20", "--set", "log_steps=5", "--set", "tokens_per_micro_batch=512")
 RACE = """
 from alignment.services.claims import job_claim
