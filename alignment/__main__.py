@@ -1,6 +1,7 @@
 """`python -m alignment RUN_DIR`: do what the run directory's config.json says. Exit statuses: docs/data-flow.md, section 2.
 
-Several processes: `accelerate launch --num_processes 2 -m alignment RUN_DIR` (with `--cpu` where there is no accelerator).
+Several processes: `python -m alignment RUN_DIR --processes 2`, or `accelerate launch --num_processes 2 -m alignment RUN_DIR` (with
+`--cpu` where there is no accelerator).
 """
 
 import os
@@ -11,11 +12,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import argparse
 import importlib
 import logging
 import sys
 import traceback
 
+from alignment.fan_out import fan_out, processes_asked_of_accelerate
 from training.errors import InputError, Stopped, TrainingFailed
 from training.rundir import RunDirectory
 
@@ -31,18 +34,22 @@ DONE, CRASHED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        sys.stderr.write("usage: python -m alignment RUN_DIR\n")
-        return BAD_INPUT
+    parser = argparse.ArgumentParser(prog="python -m alignment", description="Do what a run directory's config.json says.")
+    parser.add_argument("run_directory")
+    parser.add_argument("--processes", type=int, default=0, help="Start this many on this machine. Default: as the launcher says, else 1.")
+    given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        run = RunDirectory.open(arguments[0])
+        run = RunDirectory.open(given.run_directory)
     except InputError as error:
         sys.stderr.write(f"{error} {error.remedy}\n")
         return BAD_INPUT
     if run.result() is not None:
         sys.stderr.write(f"{run.path} has its result already.\n")
         return DONE
+    processes = given.processes or processes_asked_of_accelerate(os.environ)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return fan_out([given.run_directory], processes)
     run.is_writer = os.environ.get("RANK", "0") == "0"
     return guarded(run)
 

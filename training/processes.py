@@ -25,7 +25,7 @@ class Processes:
     def __init__(self, dtype: str = "auto") -> None:
         """Args: dtype: "auto" (bfloat16 autocast where the device has it, float32 on CPU), "float32" or "bfloat16"."""
         self.accelerator = Accelerator()
-        self.device: torch.device = self.accelerator.device
+        self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
