@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from django.core.exceptions import RequestDataTooBig
 from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
@@ -22,6 +23,8 @@ def api_exception_handler(error: Exception, context: dict[str, Any]) -> Response
     """Give every API error one shape: {"error": {"code", "message", "fields"?}}."""
     if isinstance(error, Refused):
         return Response(error_body(error.code, error.message), status=error.status)
+    if isinstance(error, RequestDataTooBig):
+        return Response(error_body("too_large", "The body is too large."), status=413)
     response = exception_handler(error, context)
     if response is None:
         return None

@@ -11,7 +11,6 @@ import nh3
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
-from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
 # Longer texts are shown as typed: parsing time may grow faster than the text.
@@ -22,7 +21,7 @@ TAGS = {
 }
 
 
-def _picture(_: RendererHTML, tokens: Sequence[Token], index: int, __: Any, ___: Any) -> str:
+def _picture(tokens: Sequence[Token], index: int, _: Any, __: Any) -> str:
     return f'<span class="picture">picture: {escape(tokens[index].content or "without a name")}</span>'
 
 
@@ -39,7 +38,7 @@ def render_text(text: str) -> SafeString:
     clean = nh3.clean(
         _markdown.render(text),
         tags=TAGS,
-        attributes={"a": {"href"}, "ol": {"start"}},
+        attributes={"*": set(), "a": {"href"}, "ol": {"start"}},
         allowed_classes={"span": {"picture"}},
         url_schemes={"http", "https", "mailto"},
         # A path or a host without a scheme would point into this site, where the reader is signed in.
