@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import human_pairs as people
 from benchmarks.slots import facts, slots_said, with_placeholders
-from training.rankings import RankedPrompt, read_ranked_prompts
+from training.rankings import RankedPrompt, read_rankings
 from training.rundir import RunDirectory, file_digest
 from training.scratch import make_model
 
@@ -30,9 +30,9 @@ SAMPLES = 8
 POLICIES = ("sft", "dpo", "ppo")
 SIZE = {"vocab_size": 1024, "hidden_size": 192, "layers": 4, "heads": 6}
 OPTIONS: dict[str, dict[str, object]] = {
-    "sft": {"max_steps": 1000, "batch_size": 32, "learning_rate": 1e-3},
-    "reward": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-4},
-    "dpo": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4, "beta": 0.1},
+    "sft": {"max_steps": 1000, "batch_rows": 32, "learning_rate": 1e-3},
+    "reward": {"epochs": 3, "batch_rankings": 32, "learning_rate": 1e-4},
+    "dpo": {"epochs": 1, "batch_rankings": 16, "learning_rate": 1e-4, "beta": 0.1},
     "ppo": {},
 }
 
@@ -68,7 +68,7 @@ def prepare(data: Path, folder: Path) -> tuple[Path, Path]:
         judged.append({**row, "prompt": with_placeholders(row["prompt"])[0], "responses": responses})
     write_lines(rankings, judged)
     manage("migrate", "--verbosity", "0", state=folder / "state")
-    manage("project", "create", "e2e", "--name", "E2E quality", "--held-out", str(HELD_OUT_PERCENT), state=folder / "state")
+    manage("project", "create", "e2e", "--name", "E2E quality", "--held-out-percent", str(HELD_OUT_PERCENT), state=folder / "state")
     manage("load", "e2e", str(rankings), state=folder / "state")
     manage("snapshot", "create", "e2e", state=folder / "state")
     write_lines(sft, demonstrations)
@@ -173,7 +173,7 @@ def one_seed(folder: Path, seed: int, sft_file: Path, snapshot: Path) -> dict:
             "unfinished": seen["unfinished_share"],
         }
     report["best_of_8"] = best_of(home / "generate-sft", Path(reward))
-    held_out = [item for item in read_ranked_prompts(snapshot) if item.split == "held_out"]
+    held_out = [item for item in read_rankings(snapshot) if item.split == "held_out"]
     pairs = people.majority_pairs(held_out)
     better = score_texts(Path(reward), [(pair.meaning, pair.better) for pair in pairs])
     worse = score_texts(Path(reward), [(pair.meaning, pair.worse) for pair in pairs])
@@ -182,7 +182,7 @@ def one_seed(folder: Path, seed: int, sft_file: Path, snapshot: Path) -> dict:
 
 
 def baselines(snapshot: Path) -> dict:
-    items: list[RankedPrompt] = list(read_ranked_prompts(snapshot))
+    items: list[RankedPrompt] = list(read_rankings(snapshot))
     train = people.majority_pairs([item for item in items if item.split == "train"])
     held_out = people.majority_pairs([item for item in items if item.split == "held_out"])
     return {
@@ -231,7 +231,7 @@ def main() -> None:
     if not (given.data / "rankings" / "e2e_quality_k5.jsonl").exists():
         raise SystemExit(f"The human rankings are not at {given.data}: name their folder with --data.")
     sft_file, snapshot = prepare(given.data, given.folder.resolve())
-    slots = sum(len(facts(item.messages[-1]["content"])) for item in read_ranked_prompts(snapshot) if item.split == "held_out")
+    slots = sum(len(facts(item.messages[-1]["content"])) for item in read_rankings(snapshot) if item.split == "held_out")
     say(f"snapshot {snapshot.parent.name[:12]}; {slots} slots in held-out rows")
     report: dict = {"baselines": baselines(snapshot), "options": OPTIONS, "size": SIZE, "seeds": []}
     say(json.dumps(report["baselines"]))
