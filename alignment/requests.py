@@ -18,8 +18,6 @@ from annotation.services.snapshots import snapshot_create
 from training.options import OptionError, parse_assignments
 from training.rundir import file_digest
 
-DEFAULT_SPLITS = {"ppo": "train", "generate": "all", "evaluate": "held_out"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -145,7 +143,7 @@ def _data(asked: Asked, method: Method, project: Project | None, dry_run: bool) 
     if asked.snapshot:
         raise Refused("snapshot_unused", f"{method.name} learns from {method.data}, not from a snapshot: give --data, or a project.")
     if method.data == "prompts" and project is not None:
-        split = asked.split or DEFAULT_SPLITS[method.name]
+        split = asked.split or "all"
         if dry_run:
             return None, f"prompts of {project.slug} ({split})"
         return None, prompts_write(project=project, split=split, limit=asked.limit, seed=asked.seed)

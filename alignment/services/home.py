@@ -13,6 +13,7 @@ from django.utils import timezone
 
 from alignment.models import Job, Round
 from annotation.models import MAX_COMPLETIONS, Project, Prompt, Snapshot, User
+from annotation.services.announcements import progress_announce
 from annotation.services.prompts import prompts_add
 
 ROUND_SUFFIX = re.compile(r"~r\d+$")
@@ -47,6 +48,7 @@ def round_bring_home(*, round: Round) -> bool:
     round.counts = {**round.counts, **counts, **added}
     round.home_at = timezone.now()
     round.save(update_fields=["counts", "home_at"])
+    progress_announce(project_id=round.project_id)
     return True
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.db import transaction
 
+from alignment.methods import options_check
 from alignment.models import Round
 from alignment.selectors import model_reference
 from alignment.services.home import round_open
@@ -17,6 +18,7 @@ from alignment.services.prompt_files import SPLITS, prompts_write
 from annotation.errors import Refused
 from annotation.models import MAX_COMPLETIONS, Project, Prompt, Snapshot, User
 from annotation.services.snapshots import snapshot_create
+from training.errors import InputError
 
 POLICY_METHODS = ("dpo", "ppo")
 STEPS = ("reward", *POLICY_METHODS, "generate", "evaluate")
@@ -50,6 +52,14 @@ def round_check(*, request: RoundRequest) -> None:
         raise Refused(
             "step_unknown", f"A round has no step {strange[0]!r}: its options are tables of {', '.join(STEPS)}, as in dpo.beta=0.2."
         )
+    try:
+        for step, options in request.options.items():
+            options_check(step, options)
+    except InputError as error:
+        raise Refused("option_invalid", f"{error} {error.remedy}".strip()) from error
+    model_reference(text=request.model)
+    if request.reward_model:
+        model_reference(text=request.reward_model)
     if not 2 <= request.shown <= MAX_COMPLETIONS:
         raise Refused("shown_invalid", f"Raters are shown 2 to {MAX_COMPLETIONS} completions of a prompt; got {request.shown}.")
     if request.prompts < 0 or request.prompt_split not in SPLITS:
@@ -117,7 +127,9 @@ class _Chain:
     def _policy(self, method: str, reward: Any) -> dict[str, str]:
         if method == "dpo":
             return self._job("dpo", "dpo", {"model": self.start, "data": self.rankings})
-        prompts = prompts_write(project=self.request.project, split="train", seed=self.request.seed)
+        prompts = prompts_write(
+            project=self.request.project, seed=self.request.seed
+        )  # it learns from `train` and watches itself on `held_out`
         return self._job("ppo", "ppo", {"model": self.start, "reward_model": reward, "data": prompts})
 
     def _generate(self, policies: dict[str, Any]) -> None:
@@ -128,12 +140,10 @@ class _Chain:
             self._job("generate", f"generate-{name}", {"model": policy, "data": prompts}, {"samples": samples})
 
     def _evaluate(self, policies: dict[str, Any], reward: Any) -> None:
-        split = "held_out"
-        if not Prompt.objects.filter(project=self.request.project, split=split).exists():
-            split = "all"
+        if not Prompt.objects.filter(project=self.request.project, split=Prompt.Split.HELD_OUT).exists():
             self.made.counts = {**self.made.counts, "no_held_out_prompts": 1}
             self.made.save(update_fields=["counts"])
-        prompts = prompts_write(project=self.request.project, split=split, seed=self.request.seed)
+        prompts = prompts_write(project=self.request.project, seed=self.request.seed)
         for name in self.request.methods:
             inputs = {"model": policies[name], "baseline": self.start, "reward_model": reward, "data": prompts}
             self._job("evaluate", f"evaluate-{name}", inputs)
