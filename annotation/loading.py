@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from django.db import DatabaseError
+from django.db import DatabaseError, reset_queries
 
 from annotation.adapters import SHAPES, Shape, shape_of
 from annotation.content import ContentRefused
@@ -83,6 +83,8 @@ def load_file(*, project: Project, path: Path, options: LoadOptions, on_reject: 
                     report.rejected += 1
                     if not line.problem.startswith("is longer"):
                         rejects.write(line.raw if line.raw.endswith(b"\n") else line.raw + b"\n")
+                # In development Django remembers the text of each query, values included.
+                reset_queries()
                 on_batch(report)
     finally:
         report.rejects_path = rejects.close()
