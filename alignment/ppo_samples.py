@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from alignment.answers import whole_lines
 from alignment.experience import Experience
 from alignment.ppo_losses import kl_k1, kl_k3
 from alignment.prompts import EncodedPrompt
@@ -44,11 +45,11 @@ class SampleFile:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in whole_lines(self.path):
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row["step"] <= step and line.endswith("\n"):
+            if row["step"] <= step:
                 kept.append(line)
         write_atomically(self.path, "".join(kept))

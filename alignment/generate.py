@@ -1,0 +1,165 @@
+"""New completions from a policy, for people to rank: several a prompt, with their lineage."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_of, weights_digests, whole_lines
+from alignment.options import GenerateOptions
+from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
+from alignment.rollout import Sample, Sampling
+from training.encode import Encoder
+from training.language_model import load_policy
+from training.options import parse_options
+from training.processes import Processes
+from training.progress import Progress
+from training.rundir import RunDirectory, file_digest
+
+PARTIAL = ".completions.partial.jsonl"
+
+
+def run(run_directory: RunDirectory) -> None:
+    """Inputs: `model`, `data` (a prompts file or a snapshot). Makes `completions.jsonl` (docs/data-flow.md, section 3).
+
+    Metrics: `completions`, `prompts`, `length_tokens`, `unfinished_share` (cut at max_completion_tokens), `empty_share`, `duplicate_share`
+    (same text as an earlier sample of its prompt), `distinct_1`, `distinct_2`, `logprob_nats` (mean of whole completions).
+    A run that was stopped or killed goes on after the last prompt whose samples are all written; its texts are the same.
+    """
+    options = parse_options(GenerateOptions, run_directory.options)
+    processes = Processes(options.dtype)
+    run_directory.is_writer = processes.is_main
+    name = str(run_directory.inputs["model"])
+    encoder = Encoder.load(name, template=options.template, max_prompt_tokens=options.max_prompt_tokens)
+    rows, split = choose_split(prompt_rows(run_directory.data_file()), options.split)
+    prompts, counts = encode_prompts(rows[: options.max_prompts or None], encoder, max_dropped_share=options.max_dropped_share)
+    run_directory.event("counts", prompts=counts, split=split)
+    model = load_policy(name, device=processes.device).requires_grad_(False)
+    check_room(model, prompts, options.max_completion_tokens)
+    _write(run_directory, options, Policy(name, model, encoder, prompts), processes, counts)
+
+
+def _write(run: RunDirectory, options: GenerateOptions, policy: Policy, processes: Processes, counts: dict[str, Any]) -> None:
+    partial = run.path / PARTIAL
+    first = resume_at(partial, [prompt.key for prompt in policy.prompts], options.samples) if processes.is_main else 0
+    first = processes.gather(first)[0]
+    progress = Progress(run, processes, steps=len(policy.prompts))
+    run.event(
+        "start", steps=progress.steps, processes=processes.world, device=str(processes.device), dtype=processes.dtype, first_step=first
+    )
+    if first:
+        run.event("resume", step=first)
+    progress.mark(first)
+    started = time.monotonic()
+    sampling = Sampling(
+        options.max_completion_tokens,
+        temperature=options.temperature,
+        greedy=options.greedy,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=run.seed,
+        step=stream_of(policy.name),
+        cache_tokens=options.cache_tokens,
+    )
+    for block in answers_in_blocks(policy, sampling, processes, samples=options.samples, first=first):
+        if processes.is_main:
+            lines = [_line(policy, sampling, place, sample) for place, samples in block for sample in samples]
+            with partial.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        tokens = sum(len(sample.completion_ids) for _, samples in block for sample in samples)
+        progress.report(block[-1][0] + 1, {}, tokens=tokens / processes.world)
+    if processes.is_main:
+        final = run.path / "completions.jsonl"
+        metrics, found = summary(partial)
+        partial.replace(final)
+        artefacts = {
+            "completions": str(final),
+            "completions_digest": file_digest(final),
+            "policy": {"model": policy.name, "weights": weights_digests(policy.name), "encoder_digest": policy.encoder.digest},
+        }
+        seconds = time.monotonic() - started
+        run.write_result(metrics=metrics, artefacts=artefacts, seconds=seconds, counts={"prompts": counts, "completions": found})
+    run.event("end", status="done", step=progress.steps)
+    processes.barrier()
+
+
+def resume_at(partial: Path, keys: list[str], samples: int) -> int:
+    """How many prompts are wholly written. What follows them, such as a line cut short, is removed from the file."""
+    if not partial.exists():
+        return 0
+    kept: list[str] = []
+    for line in whole_lines(partial):
+        place, sample = divmod(len(kept), samples)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if place >= len(keys) or row["key"] != keys[place] or row["sample"] != sample:
+            break
+        kept.append(line)
+    whole = len(kept) // samples
+    partial.write_text("".join(kept[: whole * samples]), encoding="utf-8")
+    return whole
+
+
+def summary(file: Path) -> tuple[dict[str, float], dict[str, int]]:
+    """(metrics, counts) of a completions file."""
+    texts: list[str] = []
+    seen: set[tuple[str, str]] = set()
+    prompts: set[str] = set()
+    found: Counter[str] = Counter({"completions": 0, "unfinished": 0, "empty": 0, "duplicates": 0})
+    tokens = logprob = 0.0
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            identity = (row["key"], row["text"])
+            found.update(
+                completions=1,
+                unfinished=not row["sampling"]["finished"],
+                empty=not row["text"].strip(),
+                duplicates=identity in seen,
+            )
+            seen.add(identity)
+            prompts.add(row["key"])
+            texts.append(row["text"])
+            tokens += row["sampling"]["tokens"]
+            logprob += row["logprob_nats"]
+    count = max(1, found["completions"])
+    return {
+        "completions": float(found["completions"]),
+        "prompts": float(len(prompts)),
+        "length_tokens": tokens / count,
+        "logprob_nats": logprob / count,
+        "unfinished_share": found["unfinished"] / count,
+        "empty_share": found["empty"] / count,
+        "duplicate_share": found["duplicates"] / count,
+        "distinct_1": distinct_share(texts, 1),
+        "distinct_2": distinct_share(texts, 2),
+    }, dict(found)
+
+
+def _line(policy: Policy, sampling: Sampling, place: int, sample: Sample) -> str:
+    drawn: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "tokens": len(sample.completion_ids),
+        "finished": sample.finished,
+    }
+    if sampling.greedy:
+        drawn["greedy"] = True
+    if sampling.top_k:
+        drawn["top_k"] = sampling.top_k
+    if sampling.top_p < 1:
+        drawn["top_p"] = sampling.top_p
+    prompt = policy.prompts[place]
+    row = {
+        "key": prompt.key,
+        "messages": prompt.messages,
+        "text": policy.encoder.decode(sample.completion_ids),
+        "policy": policy.name,
+        "sample": sample.sample,
+        "sampling": drawn,
+        "logprob_nats": float(sample.logps.double().sum()),
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
