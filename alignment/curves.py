@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.follow import numbers
+from alignment.follow import metrics_of
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34
@@ -13,19 +13,20 @@ MOST_POINTS = 240
 
 # (question, unit, metrics drawn together); a metric that is in none gets a chart of its own, under its name.
 QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Does the loss fall, also on prompts that it does not learn from?", "nats", ("loss", "held_out_loss", "policy_loss")),
-    ("Does it predict how people rank, better than chance?", "share of pairs", ("accuracy", "held_out_accuracy")),
-    ("Does the policy prefer what people preferred?", "nats", ("margin", "held_out_margin")),
-    ("Does the reward rise?", "reward", ("reward", "score", "held_out_reward")),
-    ("How far is the policy from where it began?", "nats", ("kl", "kl_k1", "kl_k3", "kl_nats")),
-    ("Do the texts grow longer or shorter?", "tokens", ("length", "completion_tokens", "response_tokens")),
-    ("Does it still say different things?", "nats", ("entropy", "entropy_nats")),
-    ("Does the value model predict the returns?", "", ("value_loss", "explained_variance")),
-    ("Are the steps of a sane size?", "norm", ("gradient_norm",)),
+    ("Does the reward rise?", "reward", ("reward", "held_out_reward")),
+    ("Does the loss fall, also on prompts that it does not learn from?", "nats", ("loss", "held_out_loss", "held_out_log_loss")),
+    ("Does it order the completions as people did?", "share of pairs", ("accuracy", "held_out_accuracy")),
+    ("How far is the policy from its reference?", "nats a completion", ("kl_k1_nats", "held_out_kl_k1_nats", "kl_k3_nats")),
+    ("How clearly does it tell better from worse?", "margin", ("margin", "held_out_margin")),
+    ("Do the texts grow longer or shorter?", "tokens", ("length_tokens", "held_out_length_tokens")),
+    ("Does it still say different things?", "nats a token", ("entropy_nats", "held_out_entropy_nats")),
+    ("Does the value model foresee the returns?", "share of variance", ("explained_variance",)),
+    ("Do the log-probabilities of good and bad texts move apart?", "nats", ("chosen_log_ratio", "rejected_log_ratio")),
+    ("How strong is the pull to the reference?", "reward per nat", ("kl_coefficient",)),
+    ("Are the steps of a sane size?", "norm", ("gradient_norm", "value_gradient_norm")),
     ("How fast does it go?", "tokens/s", ("tokens_per_second",)),
-    ("How fast does it learn now?", "learning rate", ("learning_rate",)),
 )
-UNDRAWN = {"steps", "tokens", "seconds"}
+UNDRAWN = {"steps", "tokens", "seconds", "episodes", "skipped_now", "learning_rate", "value_learning_rate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def series_of(events: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
                 for late in [known for known in values if known > step]:
                     del values[late]
         elif event.get("kind") in ("step", "evaluation"):
-            for name, value in numbers(event.get("metrics")).items():
+            for name, value in metrics_of(event).items():
                 series.setdefault(name, {})[step] = float(value)
     return {name: values for name, values in series.items() if values}
 

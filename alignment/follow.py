@@ -21,7 +21,7 @@ def progress_of(events: Iterable[dict[str, Any]], *, warnings: int = 0) -> dict[
         elif kind == "resume":
             changes["step"] = int(event.get("step") or 0)
         elif kind in ("step", "evaluation"):
-            metrics |= numbers(event.get("metrics"))
+            metrics |= metrics_of(event)
             if kind == "step":
                 changes |= _step(event)
     if metrics:
@@ -39,6 +39,14 @@ def _step(event: dict[str, Any]) -> dict[str, Any]:
     if speed is not None:
         changes["tokens_per_second"] = speed
     return changes
+
+
+def metrics_of(event: dict[str, Any]) -> dict[str, float]:
+    """The event's metrics; those of an evaluation are called `held_out_...`, so that they do not pass for those of training."""
+    found = numbers(event.get("metrics"))
+    if event.get("kind") == "step":
+        return found
+    return {name if name.startswith("held_out_") else f"held_out_{name}": value for name, value in found.items()}
 
 
 def numbers(metrics: Any) -> dict[str, float]:

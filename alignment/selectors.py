@@ -217,13 +217,25 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
         "counts": next((event for event in reversed(events) if event.get("kind") == "counts"), None),
         "figures": [(name, shown(value)) for name, value in sorted(numbers(job.metrics).items())],
-        "samples": samples_of(job=job, limit=8),
+        "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],
         "facts": facts(job),
         "percent": round(100 * job.share_done),
         "eta": duration(job.eta_seconds) if job.state == Job.State.RUNNING else "",
         "command": run_command(job=job),
         "again": align_command(job=job),
         "can": _changes_possible(job),
+    }
+
+
+def _sample_shown(sample: dict[str, Any]) -> dict[str, Any]:
+    """A written text with its question, the text that it is compared with, and the rest as small print."""
+    messages = sample.get("messages") or []
+    known = ("messages", "text", "baseline_text", "sampling")
+    return {
+        "question": messages[-1].get("content", "") if messages else "",
+        "text": sample.get("text", ""),
+        "baseline": sample.get("baseline_text"),
+        "small": {name: shown(value) if isinstance(value, float) else value for name, value in sample.items() if name not in known},
     }
 
 

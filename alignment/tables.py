@@ -38,30 +38,62 @@ def jobs_table(jobs: Sequence[Job]) -> str:
     return as_text(table)
 
 
+# (title, of a policy's evaluation, of the starting policy's in the same evaluation)
+COLUMNS = (
+    ("reward", "reward_policy", "reward_baseline"),
+    ("KL, nats", "kl_k1_nats", ""),
+    ("tokens", "length_tokens_policy", "length_tokens_baseline"),
+    ("entropy, nats", "entropy_nats", "entropy_nats_baseline"),
+    ("distinct pairs", "distinct_2", "distinct_2_baseline"),
+    ("empty", "empty_share", "empty_share_baseline"),
+)
+
+
 def round_table(summary: dict[str, Any]) -> str:
-    """The policies of a round beside each other, then where its outputs went."""
-    names = sorted({name for figures in summary["policies"].values() for name in (figures["evaluation"] or {})})
+    """The policies of a round beside the one that they started from, then where the outputs went."""
     lines = [f"Round {summary['number']} of {summary['project']}: {summary['state']}"]
-    if names:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("against the starting policy")
-        for method in summary["policies"]:
-            table.add_column(method, justify="right")
-        for name in names:
-            values = [(figures["evaluation"] or {}).get(name) for figures in summary["policies"].values()]
-            table.add_row(name, *("" if value is None else f"{value:,.4g}" for value in values))
-        lines.append(as_text(table))
+    evaluated = {name: figures["evaluation"] for name, figures in summary["policies"].items() if figures["evaluation"]}
+    if evaluated:
+        lines.append(_policies(evaluated))
     else:
         lines += [f"  {job['name']:<40} {job['state']}  {job['error']}".rstrip() for job in summary["jobs"]]
     if summary["reward_model"]:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(summary["reward_model"].items()) if "accuracy" in name)
-        lines.append(f"reward model: {figures}" if figures else "reward model: no held-out figures")
+        lines.append("reward model on held-out prompts: " + _reward_model(summary["reward_model"]))
     if summary["home_at"]:
         counts = summary["counts"]
         lines.append(f"{counts.get('prompts', 0):,} prompts with {counts.get('completions', 0):,} completions are queued for the raters.")
         left_out = {name: counts[name] for name in ("equal", "blank", "unshown", "too_few", "mended") if counts.get(name)}
         if left_out:
-            lines.append("left out: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in left_out.items()))
+            lines.append("counted on the way: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in left_out.items()))
     if summary["counts"].get("no_held_out_prompts"):
         lines.append("warning: the project has no held-out prompts, so the evaluation used prompts that were trained on.")
     return "\n".join(lines)
+
+
+def _policies(evaluated: dict[str, dict[str, float]]) -> str:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("policy")
+    for title in ("wins against start", *(column[0] for column in COLUMNS)):
+        table.add_column(title, justify="right")
+    first = next(iter(evaluated.values()))
+    table.add_row("start", "", *(_figure(first.get(baseline)) for _, _, baseline in COLUMNS))
+    for name, figures in evaluated.items():
+        table.add_row(name, _interval(figures, "win_rate"), *(_figure(figures.get(own)) for _, own, _ in COLUMNS))
+    return as_text(table)
+
+
+def _reward_model(figures: dict[str, float]) -> str:
+    told = [f"accuracy {_interval(figures, 'accuracy')}"] if "accuracy" in figures else []
+    told += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(figures.items()) if name.startswith("baseline_")]
+    return ", ".join(told) or "no figures"
+
+
+def _interval(figures: dict[str, float], name: str) -> str:
+    value, low, high = (figures.get(name + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}"

@@ -67,7 +67,9 @@ def job_finish(*, job: Job, fence: int, ending: Ending, model_digest: str = "") 
     held = _held(job, fence)
     if held is None:
         return False
-    held.metrics = {**held.metrics, **ending.metrics}
+    if ending.metrics:
+        last_loss = {"loss": held.loss} if held.loss is not None else {}
+        held.metrics = {**last_loss, **ending.metrics}
     held.step = held.steps or held.step
     held.blocked_by = None
     job_let_go(held, State.SUCCEEDED, ending)
