@@ -59,12 +59,12 @@ def read_checkpoint(folder: Path) -> tuple[int, State]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
             if file_digest(folder / name) != expected["digest"]:
-                raise ValueError(f"{folder / name} differs from its digest in manifest.json")
+                raise ValueError(f"{name} differs from its digest in manifest.json")
         tensors = {Path(name).stem: load_file(folder / name) for name in manifest["files"] if name.endswith(".safetensors")}
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return int(manifest["step"]), State(tensors, values)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not a whole checkpoint: {error!r}") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
 
 
 def restore_newest(root: Path, warn: Callable[[str], None]) -> tuple[int, State] | None:
