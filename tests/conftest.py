@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["RANKLOOP_VAR"] = tempfile.mkdtemp(prefix="rankloop-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,3 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 os.environ.setdefault("DJANGO_ALLOW_ASYNC_UNSAFE", "true")  # Playwright's loop runs beside the test's database calls.
+
+
+def pytest_configure() -> None:
+    """pytest-django has read the settings by now, before the lines above: point them to the tests' own folder too."""
+    from django.conf import settings
+
+    settings.VAR = Path(os.environ["RANKLOOP_VAR"])
+    for name, folder in (("RUNS_DIR", "runs"), ("SNAPSHOTS_DIR", "snapshots"), ("MODELS_DIR", "models"), ("STATIC_ROOT", "static")):
+        setattr(settings, name, settings.VAR / folder)
