@@ -2,8 +2,8 @@
 
     python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2] [--folder var/benchmarks/e2e] [--json FILE]
 
-Every stage is an ordinary run directory, started as `python -m alignment RUN_DIRECTORY`; a stage whose `result.json` is there is not done again, and one
-that was killed resumes from its checkpoint, so the whole can be stopped and started at will. About an hour on two cores for three seeds.
+Every stage is an ordinary run directory, started as `python -m alignment RUN_DIRECTORY`; a stage whose `result.json` is there is not done
+again, and one that was killed resumes from its checkpoint, so the whole can be stopped and started at will. About an hour on two cores.
 """
 
 import argparse
@@ -33,7 +33,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "sft": {"max_steps": 1000, "batch_rows": 32, "learning_rate": 1e-3},
     "reward": {"epochs": 3, "batch_rankings": 32, "learning_rate": 1e-4},
     "dpo": {"epochs": 1, "batch_rankings": 16, "learning_rate": 1e-4, "beta": 0.1},
-    "ppo": {},
+    "ppo": {
+        "max_steps": 16,
+        "prompts_per_step": 64,
+        "samples_per_prompt": 4,
+        "minibatches": 4,
+        "learning_rate": 2e-4,
+        "kl_coefficient": 0.05,
+        "max_completion_tokens": 100,
+    },
 }
 
 
@@ -155,22 +163,23 @@ def one_seed(folder: Path, seed: int, sft_file: Path, snapshot: Path) -> dict:
     results["dpo"] = run(home / "dpo", "dpo", seed, {"model": sft, "data": rankings}, OPTIONS["dpo"])
     results["ppo"] = run(home / "ppo", "ppo", seed, {"model": sft, "reward_model": reward, "data": rankings}, OPTIONS["ppo"])
     report: dict = {"seed": seed, "policies": {}, "seconds": {name: result["seconds"] for name, result in results.items()}}
-    for name in POLICIES:
-        model = str(home / name / "model")
-        sampling = {"samples": SAMPLES, "temperature": 1.0, "split": "held_out"}
+    models = {name: str(home / name / "model") for name in POLICIES}
+    sampling = {"samples": SAMPLES, "temperature": 1.0, "split": "held_out", "max_completion_tokens": 100}
+    inputs = {"models": models, "baseline": sft, "reward_model": reward, "data": rankings}
+    seen = run(home / "evaluate", "evaluate", seed, inputs, sampling)["metrics"]
+    for name, model in models.items():
         run(home / f"generate-{name}", "generate", seed, {"model": model, "data": rankings}, sampling)
-        inputs = {"model": model, "baseline": sft, "reward_model": reward, "data": rankings}
-        seen = run(home / f"evaluate-{name}", "evaluate", seed, inputs, {"samples": 4, "split": "held_out"})["metrics"]
         texts = measure(home / f"generate-{name}")
         report["policies"][name] = {
             "slots_said": texts.said,
             "slots_said_interval": [texts.low, texts.high],
             "words": texts.words,
             "empty": texts.empty,
-            "reward": seen["reward_policy"],
-            "win_rate": seen["win_rate"],
-            "kl_nats": seen["kl_k1_nats"],
-            "unfinished": seen["unfinished_share"],
+            "reward": seen[f"{name}.reward_policy"],
+            "win_rate": seen[f"{name}.win_rate"],
+            "win_rate_interval": [seen[f"{name}.win_rate_low"], seen[f"{name}.win_rate_high"]],
+            "kl_nats": seen[f"{name}.kl_k1_nats"],
+            "unfinished": seen[f"{name}.unfinished_share"],
         }
     report["best_of_8"] = best_of(home / "generate-sft", Path(reward))
     held_out = [item for item in read_rankings(snapshot) if item.split == "held_out"]

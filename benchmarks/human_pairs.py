@@ -1,6 +1,7 @@
 """What people agreed on, and how well simple rules foresee it: the baselines that a reward model has to stand beside.
 
-A *majority pair* is two texts of one prompt of which more than half of its raters put the same one higher; ties and split votes are left out.
+A *majority pair* is two texts of one prompt of which more than half of its raters put the same one higher; ties and split votes are left
+out.
 """
 
 from collections import defaultdict
@@ -74,7 +75,7 @@ def rule_margins(pairs: Sequence[MajorityPair], rule: Callable[[MajorityPair, st
     return [rule(pair, pair.better) - rule(pair, pair.worse) for pair in pairs]
 
 
-def longer(pair: MajorityPair, text: str) -> float:
+def longer(_pair: MajorityPair, text: str) -> float:
     return float(len(text))
 
 

@@ -9,52 +9,96 @@ import re
 
 NAME, NEAR = "Xname", "Xnear"
 
+
+def words(*alternatives: str) -> str:
+    return "|".join(f"(?:{one})" for one in alternatives)
+
+
+def rated(adjective: str, *others: str) -> str:
+    """An adjective beside a word for the guests' opinion, on either side of it and in one sentence; or one of the other phrases."""
+    opinion = r"(?:rat\w+|review\w*|scor\w*|customer\w*|feedback|recommend\w*|regard\w*|received)"
+    return words(rf"\b(?:{adjective})\w*[^.]{{0,25}}{opinion}", rf"{opinion}[^.]{{0,35}}\b(?:{adjective})", *others)
+
+
+def stars(digit: str, name: str) -> str:
+    return rf"\b(?:{digit}|{name}) ?(?:out of|of|/|over) ?(?:a possible )?(?:5|five)|(?:{digit}|{name})[ -]stars?"
+
+
+CHEAP = words(
+    r"cheap\w*",
+    r"low[ -]?(?:cost|price\w*)",
+    r"low(?:er)? (?:price|cost)",
+    "inexpensive",
+    r"affordabl\w+",
+    "budget",
+    r"prices? (?:is |are |range )*low",
+)
+MODERATE = words(
+    r"moderate\w*", r"mid[ -]?(?:range|pric\w+)", r"average(?:ly)?[ -](?:pric\w+|cost)", r"medium[ -](?:pric\w+|cost)", r"reasonabl\w+",
+    r"fair(?:ly)? pric\w+", r"price\w* (?:range )?(?:is |are )?(?:average|medium|fair)",
+)  # fmt: skip
+DEAR = words(
+    r"(?:high|higher|upper|above[ -]average)[ -]?(?:end|pric\w+|cost\w*|range)", "expensive", "pric(?:ey|y)", "costly", "upscale",
+    "high in price",
+    r"prices? (?:range )?(?:is |are |tends? to be )?(?:very |quite |on the )?high",
+)  # fmt: skip
+LOW, MIDDLE, HIGH = (
+    r"low\w*|poor\w*|bad\w*|unpopular",
+    r"average\w*|medium|mediocre|decent|ok(?:ay)?|moderate\w*",
+    r"high\w*|well|excellent|great|good|top",
+)
+
 SAID: dict[str, dict[str, str]] = {
     "eatType": {
-        "coffee shop": r"coffee[ -]?(?:shop|house)|caf[eé]",
-        "pub": r"\bpubs?\b|\bbar\b|tavern",
-        "restaurant": r"restaur\w*|eatery|diner\b|dining (?:place|establishment)",
+        "coffee shop": words("coffee[ -]?(?:shop|house)", "caf[eé]"),
+        "pub": words(r"\bpubs?\b", r"\bbar\b", "tavern"),
+        "restaurant": words(r"restaur\w*", "eatery", r"diner\b", "dining (?:place|establishment)"),
     },
     "food": {
-        "English": r"\benglish\b|british|fish and chips",
-        "Chinese": r"chinese",
-        "Indian": r"\bindian\b|curry",
-        "Italian": r"italian|pasta|pizza",
-        "Japanese": r"japanese|sushi",
-        "French": r"french",
-        "Fast food": r"fast[ -]?food|burgers?\b",
+        "English": words(r"\benglish\b", "british", "fish and chips"),
+        "Chinese": "chinese",
+        "Indian": words(r"\bindian\b", "curry"),
+        "Italian": words("italian", "pasta", "pizza"),
+        "Japanese": words("japanese", "sushi"),
+        "French": "french",
+        "Fast food": words("fast[ -]?food", r"burgers?\b"),
     },
     "area": {
-        "riverside": r"river\s?-?side|riverbank|\bthe river\b|by (?:a|the) river|waterfront|\briver\b",
-        "city centre": r"(?:city|town) ?-?(?:cent\w+)|cent(?:re|er) of (?:the )?(?:city|town)|downtown|central(?:ly)?\b|heart of the city|middle of the city",
+        "riverside": words(r"river\s?-?side", "riverbank", "waterfront", r"\briver\b"),
+        "city centre": words(
+            r"(?:city|town) ?-?cent\w+", "cent(?:re|er) of (?:the )?(?:city|town)", "downtown",
+            r"central(?:ly)?\b", "(?:heart|middle) of the city"
+        ),
     },
     "priceRange": {
-        "cheap": r"cheap\w*|low[ -]?(?:cost|price\w*)|inexpensive|affordabl\w+|budget|prices? (?:is |are |range )*low|low(?:er)? (?:price|cost)|economical",
-        "less than £20": r"(?:less|lower|cheaper|under|below|up to|for|not more|no more)(?: than)? ?(?:£|l)? ?20\b(?! ?-)|(?:under|below|<) ?£? ?20\b|cheap\w*|low[ -]?(?:cost|price\w*)|inexpensive|affordabl\w+|less than twenty",
-        "£20-25": r"£? ?20 ?(?:-|–|to|and|through) ?£? ?25|twenty to twenty|moderate\w*(?:ly)?[ -]pric|mid[ -]?(?:range|pric\w+)|moderate price|average(?:ly)? pric|price range (?:is )?(?:moderate|average)|20 ?£? ?- ?£?25",
-        "moderate": r"moderate\w*|mid[ -]?(?:range|pric\w+)|average(?:ly)?[ -]pric\w+|reasonabl\w+|price\w* (?:range )?(?:is |are )?(?:average|medium|fair)|fair(?:ly)? pric\w+|medium pric\w+|average cost|(?:average|medium) (?:price|cost)",
-        "more than £30": r"(?:more|over|above|upwards?|higher|greater|excess|exceed\w*|least|start\w*)(?: of| at| from| than)? ?£? ?30|£? ?30 ?(?:\+|or more|and up|plus)|high[ -]?(?:end|price\w*|cost)|expensive|pric(?:ey|y)|upscale",
-        "high": r"(?:high|higher|upper|above[ -]average)[ -]?(?:end|pric\w+|cost\w*|range)|expensive|pric(?:ey|y)|prices? (?:range )?(?:is |are |tends? to be )?(?:very |quite |on the )?high|costly|upscale|high in price",
+        "cheap": CHEAP,
+        "less than £20": words(
+            r"(?:less|lower|cheaper|under|below|up to|for|not more|no more)(?: than)? ?£? ?20\b(?! ?-)", "less than twenty", CHEAP,
+        ),
+        "£20-25": words(r"£? ?20 ?£? ?(?:-|–|to|and|through) ?£? ?25", "twenty to twenty", MODERATE),
+        "moderate": MODERATE,
+        "more than £30": words(
+            r"(?:more|over|above|upwards?|higher|greater|excess|exceed\w*|least|start\w*)(?: of| at| from| than)? ?£? ?30",
+            r"£? ?30 ?(?:\+|or more|and up|plus)", DEAR,
+        ),
+        "high": DEAR,
     },
     "customer rating": {
-        "low": r"(?:low|poor|bad|1 (?:out )?of 5|one star|1[ -]star|not (?:highly|well)|unpopular)\w*[^.]{0,25}(?:rat\w+|review\w*|star|customer\w*|recommend\w*|received|satisf\w*|scor\w*|feedback|quality)|(?:rat\w+|review\w*|customers?|scor\w*)[^.]{0,30}\b(?:low\w*|poor\w*|bad\w*|1 out of 5|not good)|one star|1[ -]star|poorly|low[ -]rated|1 (?:out )?of 5",
-        "1 out of 5": r"\b(?:1|one) ?(?:out of|of|/|over) ?(?:a possible )?(?:5|five)|(?:1|one)[ -]stars?|low(?:ly)?[ -]?(?:customer[ -])?(?:rat\w+|scor\w+)|(?:rat\w+|review\w*)[^.]{0,20}\b(?:low\w*|poor\w*|1\b)|poor(?:ly)?[ -](?:customer )?(?:rat\w+|review\w*)",
-        "average": r"(?:average|averagely|medium|mediocre|moderate|decent|ok(?:ay)?|middling|3 (?:out )?of 5|3[ -]star)\w*[^.]{0,25}(?:rat\w+|review\w*|scor\w*|customer\w*|feedback|quality)|(?:rat\w+|review\w*|customers?|scor\w*)[^.]{0,35}\b(?:average\w*|medium|mediocre|decent|ok(?:ay)?|moderate\w*)|averagely|3[ -]star|average\b",
-        "3 out of 5": r"\b(?:3|three) ?(?:out of|of|/|over) ?(?:a possible )?(?:5|five)|(?:3|three)[ -]stars?|average(?:ly)?[ -](?:customer[ -])?(?:rat\w+|review\w*)|(?:rat\w+|review\w*)[^.]{0,25}\b(?:average\w*|medium|3\b)",
-        "high": r"(?:high|highly|well|excellent|great|good|top|very|5 (?:out )?of 5|five star|5[ -]star)\w*[^.]{0,25}(?:rat\w+|review\w*|scor\w*|recommend\w*|customer\w*|feedback|regard\w*|received)|(?:rat\w+|review\w*|customers?|scor\w*)[^.]{0,35}\b(?:high\w*|excellent|great|good|5 out of 5)|five[ -]star|5[ -]star|highly",
-        "5 out of 5": r"\b(?:5|five) ?(?:out of|of|/|over) ?(?:a possible )?(?:5|five)|(?:5|five)[ -]stars?|(?:high\w*|excellent|top|perfect|great)[ -](?:customer[ -])?(?:rat\w+|review\w*)|(?:rat\w+|review\w*)[^.]{0,25}\b(?:high\w*|excellent|5\b)|highly (?:recommend|rated)",
+        "low": rated(LOW, stars("1", "one"), "poorly", "low[ -]rated"),
+        "1 out of 5": rated(LOW, stars("1", "one"), "poorly", "low[ -]rated"),
+        "average": rated(MIDDLE, stars("3", "three"), "averagely", r"average\b"),
+        "3 out of 5": rated(MIDDLE, stars("3", "three"), "averagely"),
+        "high": rated(HIGH, stars("5", "five"), r"highly\b"),
+        "5 out of 5": rated(HIGH, stars("5", "five"), "highly (?:recommend|rated)"),
     },
 }  # fmt: skip
 
-CHILDREN = r"famil\w+|child\w*|kids?\b|all ages|adults?\b"
-NOT_FOR_CHILDREN = (
-    r"(?:not|n't|non|no|isn.t|aren.t|doesn.t|never|isnt|without|unsuitable|avoid|un)[ -]?[^.]{0,35}?(?:famil\w+|child\w*|kids?\b)"
-    r"|adults?[ -]?(?:only|oriented|orientated|establishment|environment|place|crowd|venue|\b)|(?:famil\w+|child\w*|kids?)[^.,]{0,25}(?:not|n't|unfriendly|no\b)"
+CHILDREN = words(r"famil\w+", r"child\w*", r"kids?\b", "all ages", r"adults?\b")
+NOT_FOR_CHILDREN = words(
+    r"(?:not|n't|non|no|never|isnt|without|unsuitable|avoid|un)[ -]?[^.]{0,35}?(?:famil\w+|child\w*|kids?\b)",
+    r"adults?\b",
+    r"(?:famil\w+|child\w*|kids?)[^.,]{0,25}(?:not|n't|unfriendly|no\b)",
 )
-OTHER_VALUES = {  # Values that mean the same to people are not a contradiction.
-    "priceRange": [{"cheap", "less than £20"}, {"moderate", "£20-25"}, {"high", "more than £30"}],
-    "customer rating": [{"low", "1 out of 5"}, {"average", "3 out of 5"}, {"high", "5 out of 5"}],
-}
 DISTINCT = {"food", "area"}  # Slots whose values exclude each other plainly; the others have words in common.
 
 
@@ -84,7 +128,7 @@ def slot_is_said(slot: str, value: str, text: str) -> bool:
     if re.search(SAID[slot][value], low) is None:
         return False
     if slot in DISTINCT:
-        return not any(re.search(words, low) for other, words in SAID[slot].items() if other != value)
+        return not any(re.search(pattern, low) for other, pattern in SAID[slot].items() if other != value)
     return True
 
 

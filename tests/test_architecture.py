@@ -50,7 +50,7 @@ def imported_by(path: Path) -> set[str]:
 
 
 def is_ml(module: str) -> bool:
-    room, name = module.split(".")[0], module.split(".")[1]
+    room, name = module.split(".")[:2]
     if room == "alignment":
         return name in ALIGNMENT_ML
     return room in {"training", "rewardmodel"}
@@ -103,9 +103,7 @@ def test_the_web_starts_without_torch() -> None:
 def test_trainers_import_without_django() -> None:
     ml = [name for name in modules() if is_ml(name) and not name.endswith("__main__")]
     loaded = run_python(
-        "import sys, importlib\n"
-        f"[importlib.import_module(name) for name in {ml!r}]\n"
-        f"print(sorted({DJANGO_FAMILY!r} & set(sys.modules)))"
+        f"import sys, importlib\n[importlib.import_module(name) for name in {ml!r}]\nprint(sorted({DJANGO_FAMILY!r} & set(sys.modules)))"
     )
     assert loaded == "[]"
 
