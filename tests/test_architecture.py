@@ -21,8 +21,15 @@ MAY_IMPORT = {
 TORCH_FAMILY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate"}
 DJANGO_FAMILY = {"django", "rest_framework", "channels", "unfold", "allauth", "csp"}
 # In alignment both halves live side by side; a new file says here which half it belongs to.
-ALIGNMENT_ML = {"__main__", "options", "sft", "dpo", "ppo", "ppo_losses", "rollout", "generate", "evaluate"}
-ALIGNMENT_DJANGO = {"models", "services", "selectors", "launch", "worker", "progress", "admin", "apps", "urls", "views", "consumers"}
+ALIGNMENT_ML = {
+    *("__main__", "fan_out", "options", "methods", "sft", "dpo", "losses"),
+    *("ppo", "ppo_losses", "ppo_models", "ppo_samples", "ppo_update", "advantages", "experience"),
+    *("rollout", "answers", "prompts", "generate", "evaluate"),
+}
+ALIGNMENT_DJANGO = {
+    *("models", "services", "selectors", "admin", "apps", "urls", "views", "curves", "tables"),
+    *("requests", "launch", "worker", "follow", "waiting", "progress"),
+}
 FORBIDDEN_NAMES = {"utils", "common", "core", "helpers", "base"}
 
 
