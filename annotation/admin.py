@@ -1,6 +1,6 @@
 """The admin console of the people's side. What is history can be read and not rewritten; what changes many rows asks first."""
 
-from typing import Any
+from typing import Any, cast
 
 from django import forms
 from django.contrib import admin, messages
@@ -14,7 +14,7 @@ from annotation.console import ConsoleAdmin, LookOnlyAdmin, asking, count_of, se
 from annotation.console_people import MembershipInline
 from annotation.content import ContentRefused, messages_checked, prompt_digest, split_of, text_checked
 from annotation.errors import Refused
-from annotation.models import Completion, Lease, Membership, Project, Prompt, Ranking, Skip, Snapshot
+from annotation.models import Completion, Lease, Membership, Project, Prompt, Ranking, Skip, Snapshot, User
 from annotation.services.projects import criteria_checked, project_open
 from annotation.services.prompts import slots_free, slots_open
 from annotation.services.snapshots import snapshot_create, snapshot_folder
@@ -72,23 +72,27 @@ class ProjectAdmin(ConsoleAdmin):
         counts = project.leases.aggregate(done=Count("pk", filter=Q(state=Lease.State.DONE)), all=Count("pk"))
         return f"{counts['done']:,} of {counts['all']:,}"
 
-    @asking(name="Open to raters", question="Open {count} projects? Their raters are handed prompts from now on.")
+    @asking(name="Open to raters", question="Open the selected projects ({count})? Their raters are handed prompts from now on.")
     def open_projects(self, request: HttpRequest, queryset: QuerySet[Project]) -> str:
         for project in queryset:
             project_open(project=project, is_open=True)
         return f"{count_of(queryset.count(), 'project is', 'projects are')} open."
 
     @asking(
-        name="Close to raters", question="Close {count} projects? They hand out no prompts; what raters hold now may still be submitted."
+        name="Close to raters",
+        question="Close the selected projects ({count})? They hand out no prompts; what raters hold now may still be submitted.",
     )
     def close_projects(self, request: HttpRequest, queryset: QuerySet[Project]) -> str:
         for project in queryset:
             project_open(project=project, is_open=False)
         return f"{count_of(queryset.count(), 'project is', 'projects are')} closed."
 
-    @asking(name="Make a snapshot", question="Write the current rankings of {count} projects to snapshots? Large projects take a while.")
+    @asking(
+        name="Make a snapshot",
+        question="Write the current rankings of the selected projects ({count}) to snapshots? Large ones take a while.",
+    )
     def make_snapshots(self, request: HttpRequest, queryset: QuerySet[Project]) -> str:
-        made = [snapshot_create(project=project, created_by=request.user) for project in queryset]  # type: ignore[misc]
+        made = [snapshot_create(project=project, created_by=cast(User, request.user)) for project in queryset]
         return "Snapshots: " + ", ".join(f"{one.project.slug} {one.digest[:12]} ({one.counts['rankings']:,} rankings)" for one in made)
 
 
@@ -125,6 +129,7 @@ class CompletionInline(TabularInline):
     extra = 0
     fields = readonly_fields = ("text", "policy", "run")
     show_change_link = True
+    hide_title = True
     can_delete = False
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -136,6 +141,7 @@ class LeaseInline(TabularInline):
     extra = 0
     fields = readonly_fields = ("slot", "state", "rater", "granted_at", "expires_at")
     can_delete = False
+    hide_title = True
     tab = True
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -165,6 +171,9 @@ class PromptAdmin(ConsoleAdmin):
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Prompt | None = None) -> bool:
+        return super().has_change_permission(request, obj) and not (obj is not None and touched(obj))
 
     def has_delete_permission(self, request: HttpRequest, obj: Prompt | None = None) -> bool:
         return super().has_delete_permission(request, obj) and not (obj is not None and touched(obj))
@@ -219,6 +228,9 @@ class CompletionAdmin(ConsoleAdmin):
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 
+    def has_change_permission(self, request: HttpRequest, obj: Completion | None = None) -> bool:
+        return super().has_change_permission(request, obj) and not (obj is not None and touched(obj.prompt))
+
     def has_delete_permission(self, request: HttpRequest, obj: Completion | None = None) -> bool:
         # A completion goes with its prompt, and then only if no rater has seen it.
         return super().has_delete_permission(request, obj) and not (obj is not None and touched(obj.prompt))
@@ -254,7 +266,9 @@ class LeaseAdmin(LookOnlyAdmin):
         return obj is not None and obj.state == Lease.State.FREE and request.user.has_perm("annotation.delete_lease")
 
     @asking(
-        name="Take held slots back", permission="view", question="Take {count} slots back? Raters who hold them cannot submit; drafts stay."
+        name="Take held slots back",
+        permission="view",
+        question="Take the selected slots ({count}) back? Raters who hold them cannot submit.",
     )
     def take_back(self, request: HttpRequest, queryset: QuerySet[Lease]) -> str:
         if not request.user.has_perm("annotation.change_lease"):

@@ -1,6 +1,6 @@
 """The console's pages of people: users, groups, tokens, addresses. `admin.py` brings them in."""
 
-from typing import Any
+from typing import Any, cast
 
 from allauth.account.models import EmailAddress
 from django.contrib import admin, messages
@@ -76,7 +76,11 @@ class TokenAdmin(ConsoleAdmin):
         # A token's text is the secret, and the history of the console must not keep it.
         kind = get_content_type_for_model(obj).pk
         LogEntry.objects.create(
-            user_id=request.user.pk, content_type_id=kind, object_id=obj.user_id, object_repr=f"token of {obj.user}", action_flag=flag
+            user_id=cast(int, request.user.pk),
+            content_type_id=kind,
+            object_id=obj.user_id,
+            object_repr=f"token of {obj.user}",
+            action_flag=flag,
         )
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
@@ -120,12 +124,15 @@ class UserAdmin(DjangoUserAdmin, ConsoleAdmin):
     def rankings(self, user: Any) -> int:
         return user.ranked
 
-    @asking(name="Stop from signing in", question="Stop {count} users from signing in? Their rankings stay.")
+    @asking(name="Stop from signing in", question="Stop the selected users ({count}) from signing in? Their rankings stay.")
     def sign_in_off(self, request: HttpRequest, queryset: QuerySet[User]) -> str:
-        number = User.objects.filter(pk__in=selected_ids(queryset)).exclude(pk=request.user.pk).update(is_active=False)
+        number = User.objects.filter(pk__in=selected_ids(queryset)).exclude(pk=cast(int, request.user.pk)).update(is_active=False)
         return f"{count_of(number, 'user', 'users')} cannot sign in any more (you are never among them)."
 
-    @asking(name="Let sign in", question="Let {count} users sign in? Users of files and simulations have no password and stay out.")
+    @asking(
+        name="Let sign in",
+        question="Let the selected users ({count}) sign in? Users of files and simulations have no password and stay out.",
+    )
     def sign_in_on(self, request: HttpRequest, queryset: QuerySet[User]) -> str:
         number = User.objects.filter(pk__in=selected_ids(queryset), kind=User.Kind.HUMAN).update(is_active=True)
         return f"{count_of(number, 'user', 'users')} can sign in."

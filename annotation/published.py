@@ -1,6 +1,7 @@
 """Readers of published sets of rankings whose shape is their own, one small function each. Pure."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from annotation.content import ContentRefused, key_checked, text_checked
 from annotation.orders import Fields, Rating, bands_from_ranks, order_of, rater_checked, rating_checked
@@ -61,7 +62,8 @@ def read_wmt(line: Fields, policy: str) -> Row:
     ranks = line.get("ranks")
     if not isinstance(ranks, Mapping) or not ranks:
         raise ContentRefused("ranks must be an object from systems to ranks")
-    completions, listed = [], []
+    completions: list[dict[str, Any]] = []
+    listed: list[Any] = []
     for name, rank in ranks.items():
         systems = text_checked(name, "system", limit=2000).split("+")
         completions += [{"text": "", "policy": system, "sampling": {"shared_text": name} if len(systems) > 1 else {}} for system in systems]

@@ -14,7 +14,7 @@ from annotation.models import Lease, Membership, Project, Prompt, Ranking, User
 from annotation.orders import Rating
 from annotation.rows import Row
 from annotation.services.announcements import progress_announce
-from annotation.services.prompts import BATCH, StoredPrompt, prompts_store
+from annotation.services.prompts import BATCH, StoredPrompt, project_lock, prompts_store
 
 NAMESPACE = uuid.UUID("5a3f7c0e-2f0b-5d0c-9c55-6d1f0c6a4e11")
 USERNAME_CHARACTERS = 150
@@ -37,6 +37,7 @@ def rankings_import(*, project: Project, rows: Sequence[Row], counts: Counter[st
     A ranking that is stored already adds nothing; the same rater's other ranking of the same prompt is refused.
     """
     with transaction.atomic():
+        project_lock(project)
         outcomes: list[Outcome] = [None] * len(rows)
         users = _users(project, {rating.rater for row in rows for rating in row.ratings}, counts)
         for place, row in enumerate(rows):

@@ -68,10 +68,17 @@ def prompts_add(*, project: Project, items: Iterable[Any], round: int = 0) -> di
     return dict(counts)
 
 
+def project_lock(project: Project) -> Project:
+    """Make everybody who adds to this project take turns until the transaction ends; raters go on working.
+
+    Without FOR UPDATE's "no key" every insert that points to the project would wait too.
+    """
+    return Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+
+
 def prompts_store(*, project: Project, items: Sequence[PromptItem], counts: Counter[str]) -> list[StoredPrompt | ContentRefused]:
     """Store one batch without slots; an item whose key has other content comes back as its refusal. Call inside a transaction."""
-    # Two loads into one project take turns. Without FOR UPDATE's "no key" they would also stop every insert that points to the project.
-    Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+    project_lock(project)
     known = _known_prompts(project, {item.key for item in items})
     results: list[StoredPrompt | ContentRefused] = []
     rows: list[Completion] = []
@@ -146,7 +153,7 @@ def slots_open(*, project: Project, overlap: int) -> int:
     Raises: Refused when `overlap` is lower than now: slots that raters may hold are never taken away.
     """
     with transaction.atomic():
-        locked = Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+        locked = project_lock(project)
         if not locked.overlap <= overlap <= 100:
             raise Refused("overlap_lower", f"Raters per prompt can be raised from {locked.overlap} up to 100, not set to {overlap}.")
         Project.objects.filter(pk=project.pk).update(overlap=overlap)
@@ -186,6 +193,13 @@ def slots_free(*, lease_ids: Iterable[int]) -> int:
     with transaction.atomic():
         for pk in lease_ids:
             # A new token with each: a submit under the old grant is refused, and the rater's page says why.
-            free = {"state": Lease.State.FREE, "rater": None, "token": uuid4(), "displayed": [], "granted_at": None, "expires_at": None}
+            free: dict[str, Any] = {
+                "state": Lease.State.FREE,
+                "rater": None,
+                "token": uuid4(),
+                "displayed": [],
+                "granted_at": None,
+                "expires_at": None,
+            }
             freed += Lease.objects.filter(pk=pk, state=Lease.State.HELD).update(**free)
     return freed

@@ -146,7 +146,7 @@ def test_every_filter_narrows_the_list(console: Client, story: dict[str, Any]) -
 def test_closing_a_project_asks_first(console: Client, story: dict[str, Any]) -> None:
     project = story["project"]
     answer = act(console, Project, "close_projects", [project])
-    assert b"Close 1 projects?" in answer.content
+    assert b"Close the selected projects (1)?" in answer.content
     assert Project.objects.get(pk=project.pk).is_open
     act(console, Project, "close_projects", [project], confirmed=True)
     assert not Project.objects.get(pk=project.pk).is_open
