@@ -96,14 +96,14 @@ def fluency_faults(text: str) -> list[str]:
 
 
 def judge(prompt: str, text: str) -> Verdict:
-    """The verdict on one notice. Utility: 4 for all facts, 1 for fluency; less 0.6 for each invention and 0.05 for each needless word."""
+    """The verdict on one notice. Utility: 4 for all facts, 2 for fluency; less 1 for each invention and 0.05 for each needless word."""
     facts = read_prompt(prompt)
     said = sum(states(text, slot, value) for slot, value in facts.items())
     invented = sum(bool(values_in(text, slot) - {facts.get(slot)}) for slot in SLOTS)
     fluency = max(0.0, 1.0 - 0.25 * len(fluency_faults(text)))
     words = len(text.split())
     needless = max(0, words - 5 - 4 * len(facts))
-    utility = 4.0 * said / len(facts) + fluency - 0.6 * invented - 0.05 * needless
+    utility = 4.0 * said / len(facts) + 2.0 * fluency - invented - 0.05 * needless
     return Verdict(len(facts), said, invented, fluency, words, utility)
 
 

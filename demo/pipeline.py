@@ -16,7 +16,7 @@ from django.conf import settings
 from alignment.models import Job, Round
 from alignment.services.jobs import JobRequest, job_create
 from alignment.services.prompt_files import prompts_write
-from alignment.services.rounds import RoundRequest, round_create, round_for_generate
+from alignment.services.rounds import RoundRequest, round_create
 from annotation.errors import Refused
 from annotation.models import Lease, Project
 from annotation.services.projects import project_create
@@ -151,12 +151,11 @@ def _sft_job(project: Project, state: State, sizes: DemoSizes) -> Job:
 
 def _first_writing(project: Project, sft: Job, sizes: DemoSizes) -> Job:
     """The SFT policy writes for every prompt; the outputs come home to the raters as round 1."""
-    made = project.rounds.filter(methods=["generate"]).first() or round_for_generate(project=project, shown=sizes.samples)
     return _job(
-        f"{project.slug}-r{made.number}-generate-sft",
+        f"{project.slug}-sft-writes",
         method="generate",
         project=project,
-        round=made,
+        shown=sizes.samples,
         inputs={"model": {"name": sft.name}, "data": prompts_write(project=project, split="all")},
         options={**sizes.options["generate"], "samples": sizes.samples},
         seed=sizes.seed,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +39,7 @@ def facts_report(made: Round, *, seconds: Callable[[], float]) -> dict[str, Any]
         "round": made.number,
         "seconds": round(seconds(), 1),
     }
-    write_atomically(demo_folder() / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
+    write_atomically(demo_folder() / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -121,10 +122,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     """The table of the policies, and the reward model beside its baseline."""
     names = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
     sample = next(iter(report["policies"].values()))
-    title = f"What the round taught, on {sample['prompts']} held-out prompts ({sample['samples']} outputs each; 95 % intervals by prompt)"
-    table = Table(title=title, title_justify="left")
+    title = (
+        f"{sample['prompts']} held-out prompts, {sample['samples']} outputs of each policy, judged by the hidden truth (±: 95 %, by prompt)"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("policy")
-    for heading in ("facts said", "wins against SFT", "KL to SFT, nats", "words", "words per fact", "invented facts", "fluency"):
+    for heading in ("facts said", "wins against SFT", "KL, nats", "words", "words per fact", "invented", "fluency"):
         table.add_column(heading, justify="right")
     for method, told in report["policies"].items():
         wins_told = "-" if method == "sft" else _with_interval(told, "win_rate")
@@ -149,4 +152,4 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 
 def _with_interval(told: Mapping[str, Any], name: str) -> str:
     low, high = told[f"{name}_interval"]
-    return f"{told[name]:.3f} ({low:.3f} to {high:.3f})"
+    return f"{told[name]:.3f} ±{(high - low) / 2:.3f}"

@@ -40,7 +40,7 @@ def test_a_flawless_notice_says_everything_and_is_fluent() -> None:
     for row in corpus(1500, seed=1, defects=FLAWLESS):
         verdict = judge(row["prompt"], row["completion"])
         assert (verdict.facts_said, verdict.fluency, verdict.invented) == (1.0, 1.0, 0), row
-        assert verdict.utility == pytest.approx(5.0), row
+        assert verdict.utility == pytest.approx(6.0), row
 
 
 def test_the_corpus_drops_about_the_share_of_facts_that_it_should() -> None:

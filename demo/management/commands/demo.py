@@ -1,6 +1,7 @@
 """`manage.py demo`: the whole loop on built-in data, then the site. See `demo/pipeline.py`."""
 
 import os
+import sys
 from typing import Any
 
 from django.conf import settings
@@ -34,7 +35,7 @@ class Command(BaseCommand):
             raise CommandError(
                 "The demo makes simulated raters and an administrator: run it in development, not with RANKLOOP_ENV=production."
             )
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=120)  # a log has no width
         wants_site = os.environ.get("SERVE", "1").strip().lower() not in {"0", "no", "false", "off"}
         port, model = _port(), os.environ.get("MODEL", "")
         try:
