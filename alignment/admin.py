@@ -51,6 +51,7 @@ class ReadOnly(ModelAdmin):
 
 @admin.register(Job)
 class JobAdmin(ReadOnly):
+    readonly_fields = ("created_at",)
     list_display = ("name", "method", "state_shown", "progress", "left", "last_loss", "project", "attempt", "created_at")
     list_filter = ("state", "method", "project")
     search_fields = ("name", "error", "worker", "project__slug")
@@ -58,6 +59,13 @@ class JobAdmin(ReadOnly):
     date_hierarchy = "created_at"
     actions = ("cancel_jobs", "resume_jobs", "retry_jobs")
     actions_detail = ("cancel_job", "resume_job", "retry_job")
+    fieldsets = (
+        (None, {"fields": ("name", "method", "state", "error", "remedy", "blocked_by", "project", "round", "snapshot", "needs")}),
+        ("What it works with", {"fields": ("inputs", "options", "seed", "processes", "gpu_slots", "run_directory")}),
+        ("How far it is", {"fields": ("step", "steps", "metrics", "tokens_per_second", "warnings", "exit_code")}),
+        ("Who does it", {"fields": ("worker", "attempt", "max_attempts", "fence", "lease_expires_at", "heartbeat_at", "process_group")}),
+        ("When", {"fields": ("created_by", "created_at", "started_at", "finished_at")}),
+    )
     list_before_template = "alignment/admin_refresh.html"
     change_form_outer_before_template = "alignment/admin_job.html"
 

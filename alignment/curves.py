@@ -5,11 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.follow import metrics_of
+from alignment.follow import metrics_of, numbers
 
-WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34
+WIDTH, HEIGHT = 480, 210
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 MOST_POINTS = 240
+DASHES = ("", "6 4", "1 4")
 
 # (question, unit, metrics drawn together); a metric that is in none gets a chart of its own, under its name.
 QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -34,17 +35,20 @@ class Line:
     name: str
     path: str  # of the SVG's polyline
     last: float
-    dashed: bool
+    dashes: str  # of the stroke: lines differ by more than colour
     points: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
+    """`known`: it answers one of our questions; the others are kept out of the way."""
+
     question: str
     unit: str
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
+    known: bool = True
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -80,11 +84,12 @@ def charts_of(events: Iterable[dict[str, Any]]) -> list[Chart]:
             charts.append(_chart(question, unit, {name: series[name] for name in present}))
             drawn.update(present)
     for name in sorted(series.keys() - drawn):
-        charts.append(_chart(f"How does {name.replace('_', ' ')} move?", "", {name: series[name]}))
+        if len(set(series[name].values())) > 1:  # what never moves is no curve
+            charts.append(_chart(f"How does {name.replace('_', ' ')} move?", "", {name: series[name]}, known=False))
     return charts
 
 
-def _chart(question: str, unit: str, series: dict[str, dict[int, float]]) -> Chart:
+def _chart(question: str, unit: str, series: dict[str, dict[int, float]], *, known: bool = True) -> Chart:
     points = {name: thinned(sorted(values.items())) for name, values in series.items()}
     steps = [step for line in points.values() for step, _ in line]
     values = [value for line in points.values() for _, value in line]
@@ -99,7 +104,7 @@ def _chart(question: str, unit: str, series: dict[str, dict[int, float]]) -> Cha
         return round(HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y or 1.0) * (HEIGHT - TOP - BOTTOM), 1)
 
     lines = [
-        Line(name, " ".join(f"{x_of(step)},{y_of(value)}" for step, value in line), line[-1][1], index > 0, tuple(line))
+        Line(name, " ".join(f"{x_of(step)},{y_of(value)}" for step, value in line), line[-1][1], DASHES[index % len(DASHES)], tuple(line))
         for index, (name, line) in enumerate(points.items())
     ]
     x_marks = sorted({round(mark) for mark in ticks(low_x, high_x) if low_x <= mark <= high_x})
@@ -108,7 +113,8 @@ def _chart(question: str, unit: str, series: dict[str, dict[int, float]]) -> Cha
         unit,
         lines,
         [(x_of(mark), f"{mark:,}") for mark in x_marks],
-        [(y_of(mark), shown(mark)) for mark in y_marks],
+        [(y_of(mark), label) for mark, label in zip(y_marks, tick_labels(y_marks), strict=True)],
+        known,
         table=_table(lines),
     )
 
@@ -135,6 +141,28 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
     return [round(index * step, 12) for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def tick_labels(marks: Sequence[float]) -> list[str]:
+    """With as many decimals as it takes to tell neighbours apart."""
+    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
+    if step < 1e-4 or max(map(abs, marks)) >= 1e6:
+        digits = 1 if max(map(abs, marks)) < 100 * step else 4
+        return [f"{mark:.{digits}e}" for mark in marks]
+    return [f"{mark:,.{max(0, -math.floor(math.log10(step)))}f}" for mark in marks]
+
+
+def figures_of(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) for people: `x_low` and `x_high` stand behind their x as its interval, and where a run began comes last."""
+    plain = numbers(metrics)
+    figures = []
+    for name in sorted(plain, key=lambda name: (name.startswith("start_"), name)):
+        if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in plain:
+            continue
+        low, high = plain.get(f"{name}_low"), plain.get(f"{name}_high")
+        interval = f" ({shown(low)} to {shown(high)})" if low is not None and high is not None else ""
+        figures.append((name.replace("_", " "), shown(plain[name]) + interval))
+    return figures
 
 
 def shown(value: float) -> str:

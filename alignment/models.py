@@ -50,7 +50,7 @@ class Round(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.project_id} round {self.number}"
+        return f"round {self.number} of {self.project}"
 
 
 def visible(rows: Any, user: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 from django.conf import settings
 from django.db.models import Count, F, QuerySet
 
-from alignment.curves import charts_of, shown
-from alignment.follow import COUNTED_AS_WARNING, numbers
+from alignment.curves import charts_of, figures_of, shown
+from alignment.follow import COUNTED_AS_WARNING
 from alignment.launch import child_command
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
@@ -19,6 +19,8 @@ from annotation.errors import Refused
 from annotation.models import Completion
 from training.errors import InputError
 from training.rundir import RunDirectory
+
+MOST_SAMPLES = 5000  # read of a file, to show a few
 
 
 def job_get(*, name: str) -> Job:
@@ -171,13 +173,15 @@ def _iso(moment: datetime | None) -> str | None:
 
 
 def samples_of(*, job: Job, limit: int) -> list[dict[str, Any]]:
-    """The first rows of what `evaluate` and `generate` wrote; empty when the folder is not on this machine."""
+    """Texts that the run wrote, the newest step's where it wrote at several; empty when the folder is not on this machine."""
     for name in ("samples.jsonl", "completions.jsonl"):
         try:
             with (job.folder / name).open(encoding="utf-8") as lines:
-                return [json.loads(line) for _, line in zip(range(limit), lines, strict=False) if line.strip()]
+                rows = [json.loads(line) for _, line in zip(range(MOST_SAMPLES), lines, strict=False) if line.strip()]
         except (OSError, ValueError):
             continue
+        newest = max((row.get("step") or 0 for row in rows), default=0)
+        return [row for row in rows if (row.get("step") or 0) == newest][:limit]
     return []
 
 
@@ -205,6 +209,7 @@ def events_of(*, job: Job) -> list[dict[str, Any]]:
 def run_page(*, job: Job) -> dict[str, Any]:
     """What the page of a run shows."""
     events = events_of(job=job)
+    charts = charts_of(events)
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
     return {
         "job": job,
@@ -212,11 +217,12 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "model": TrainedModel.objects.filter(job=job).first(),
         "needs": job.needs.order_by("id"),
         "dependents": job.dependents.order_by("id"),
-        "charts": charts_of(events),
+        "charts": [chart for chart in charts if chart.known],
+        "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation")][-40:][::-1],
         "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
         "counts": next((event for event in reversed(events) if event.get("kind") == "counts"), None),
-        "figures": [(name, shown(value)) for name, value in sorted(numbers(job.metrics).items())],
+        "figures": figures_of(job.metrics),
         "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],
         "facts": facts(job),
         "percent": round(100 * job.share_done),
@@ -268,7 +274,7 @@ def model_page(*, model: TrainedModel) -> dict[str, Any]:
         "descendants": down,
         "written": written,
         "used_by": used_by.order_by("id"),
-        "figures": [(name, shown(value)) for name, value in sorted(numbers(model.metrics).items())],
+        "figures": figures_of(model.metrics),
         "start": model.job.inputs.get("model") if model.job and not isinstance(model.job.inputs.get("model"), dict) else "",
     }
 

@@ -84,7 +84,8 @@ def _policies(evaluated: dict[str, dict[str, float]]) -> str:
 
 def _reward_model(figures: dict[str, float]) -> str:
     told = [f"accuracy {_interval(figures, 'accuracy')}"] if "accuracy" in figures else []
-    told += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(figures.items()) if name.startswith("baseline_")]
+    plain = [name for name in sorted(figures) if name.startswith("baseline_") and not name.endswith(("_low", "_high"))]
+    told += [f"{name.replace('_', ' ')} {_interval(figures, name)}" for name in plain]
     return ", ".join(told) or "no figures"
 
 

@@ -6,7 +6,7 @@ import pytest
 from django.test import Client
 from django.urls import reverse
 
-from alignment.curves import charts_of, series_of, thinned, ticks
+from alignment.curves import charts_of, figures_of, series_of, thinned, tick_labels, ticks
 from alignment.models import Job, ModelParent, TrainedModel
 from alignment.services.claims import job_claim, job_fail, job_finish
 from alignment.services.jobs import JobRequest, job_create
@@ -176,3 +176,14 @@ def test_a_long_line_is_thinned_and_keeps_its_ends():
 
 def test_a_metric_with_one_value_is_no_curve():
     assert charts_of([{"kind": "step", "step": 1, "metrics": {"loss": 1.0}}]) == []
+
+
+def test_labels_of_ticks_tell_neighbours_apart():
+    assert tick_labels([5.6960, 5.6965, 5.6970]) == ["5.6960", "5.6965", "5.6970"]
+    assert tick_labels([0.0, 500.0, 1000.0]) == ["0", "500", "1,000"]
+    assert tick_labels([0.0, 2e-6, 4e-6]) == ["0.0e+00", "2.0e-06", "4.0e-06"]
+
+
+def test_an_interval_stands_behind_its_figure():
+    told = figures_of({"accuracy": 0.71, "accuracy_low": 0.68, "accuracy_high": 0.74, "start_reward": 1.0, "text": "x"})
+    assert told == [("accuracy", "0.71 (0.68 to 0.74)"), ("start reward", "1")]

@@ -139,7 +139,7 @@ def test_outputs_come_home_mixed_blind_and_once_and_raters_can_lease_them(projec
     splits = set(Prompt.objects.filter(project=project).values_list("digest", "split"))
     assert len(splits) == 20, "the same question stays on its side of the split"
     table = round_table(round_summary(made))
-    assert "win_rate" in table
+    assert "wins against start" in table
     assert "20 prompts with 80 completions" in table
 
 
