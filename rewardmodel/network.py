@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import TaskType
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -42,7 +41,7 @@ def load_reward_model(
             nn.init.zeros_(model.score.bias)
     if lora is not None:
         keep = Lora(lora.rank, lora.alpha, lora.targets, (HEAD,))
-        model = add_lora(model, keep, task=TaskType.SEQ_CLS, seed=seed)
+        model = add_lora(model, keep, task="SEQ_CLS", seed=seed)
     return prepare(model, device=device, gradient_checkpointing=gradient_checkpointing)
 
 

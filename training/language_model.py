@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,7 +53,7 @@ def load_policy(
     lora: Lora | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
-) -> PreTrainedModel | PeftModel:
+) -> Any:
     """A causal language model with float32 weights, dropout off, scaled-dot-product attention; with LoRA only the adapters train.
 
     Args:    name: a model folder, a hub name, or `folder/file.gguf`;  seed: of the adapters' start.
@@ -62,7 +61,7 @@ def load_policy(
     """
     model = load_pretrained(AutoModelForCausalLM, name)
     if lora is not None:
-        model = add_lora(model, lora, task=TaskType.CAUSAL_LM, seed=seed)
+        model = add_lora(model, lora, task="CAUSAL_LM", seed=seed)
     return prepare(model, device=device, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -91,7 +90,7 @@ def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: b
     plain.config.use_cache = False
     if gradient_checkpointing:
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             plain.enable_input_require_grads()
         model.train()  # transformers recomputes activations in training mode only; there is no dropout left to wake
     return model.to(device)
@@ -106,24 +105,30 @@ def turn_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, *, task: TaskType, seed: int) -> PeftModel:
-    targets: str | list[str] = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
+def add_lora(model: PreTrainedModel, lora: Lora, *, task: Literal["CAUSAL_LM", "SEQ_CLS"], seed: int) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model  # here, because loading it takes as long as torch does, and most runs need none
+
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=targets,
+        target_modules="all-linear" if lora.targets == ("all-linear",) else list(lora.targets),
         modules_to_save=list(lora.keep) or None,
-        task_type=task,
+        task_type=TaskType(task),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        return get_peft_model(model, config)
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether this is peft's wrapper around a model with LoRA adapters."""
+    return hasattr(model, "get_base_model")
 
 
 def unwrap(model: Any) -> PreTrainedModel:
     """The Hugging Face model inside (LoRA layers stay in place and stay active)."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_adapted(model) else model
 
 
 @contextmanager
@@ -135,7 +140,7 @@ def reference(model: Any, frozen: Any = None) -> Iterator[Any]:
     with torch.no_grad():
         if frozen is not None:
             yield frozen
-        elif isinstance(model, PeftModel):
+        elif is_adapted(model):
             with model.disable_adapter():
                 yield model
         else:
@@ -271,14 +276,17 @@ def save_model(model: Any, encoder: Encoder, folder: str | Path, *, notes: dict[
     beside.mkdir(parents=True)
     head = unwrap(model).__dict__.pop("_rankloop_head", None)
     try:
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             model.save_pretrained(beside / "adapter", safe_serialization=True)
             plain: Any = copy.deepcopy(model).merge_and_unload()
         else:
             plain = model
         keep_cache = plain.config.use_cache
         plain.config.use_cache = True
-        plain.config.pad_token_id = plain.config.get_text_config().pad_token_id = encoder.pad_id
+        pad_id = None if hasattr(plain, "score") and encoder.pad_id in encoder.stop_ids else encoder.pad_id
+        # Transformers reads a score at the last token that is not padding: with padding = end of text it would miss the end of text.
+        # Without a padding id it reads at the last position, and refuses batches instead of scoring them wrongly.
+        plain.config.pad_token_id = plain.config.get_text_config().pad_token_id = pad_id
         plain.save_pretrained(beside, safe_serialization=True)
         plain.config.use_cache = keep_cache
     finally:

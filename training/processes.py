@@ -4,6 +4,7 @@ Gradients are summed by one call after the last micro-batch, not by DistributedD
 micro-batches (or none), and every loss is divided by denominators of the whole batch, so N processes compute what one would.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from training.errors import InputError
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
@@ -24,10 +27,15 @@ class Processes:
 
     def __init__(self, dtype: str = "auto") -> None:
         """Args: dtype: "auto" (bfloat16 autocast where the device has it, float32 on CPU), "float32" or "bfloat16"."""
-        self.accelerator = Accelerator()
+        several = int(os.environ.get("WORLD_SIZE", "1"))
+        self.accelerator = Accelerator(cpu=several > 1 and not torch.cuda.is_available())
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
+        if self.world != several:  # else each process would be alone, do all of the work, and write over the others
+            raise InputError(
+                f"{several} processes were started, but {self.world} found each other.", remedy="Start them by accelerate launch."
+            )
         has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = "bfloat16" if dtype == "bfloat16" or (dtype == "auto" and has_bf16) else "float32"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -125,9 +126,12 @@ def make_run(folder: Path, method: str, *, model: Path, data: Path, seed: int = 
     return RunDirectory.create(folder, method=method, seed=seed, inputs=inputs, options={"log_steps": 1, **options}, code={})
 
 
-def start(run: RunDirectory, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    run: RunDirectory, *arguments: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "alignment", str(run.path), *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    variables = {**os.environ, **(environment or {})}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
