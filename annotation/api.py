@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from asgiref.sync import sync_to_async
@@ -18,7 +18,7 @@ from rest_framework.views import APIView
 
 from annotation import selectors
 from annotation.errors import Refused
-from annotation.models import MAX_COMPLETIONS, Lease, Ranking, Skip
+from annotation.models import MAX_COMPLETIONS, Lease, Ranking, Skip, User
 from annotation.services.leases import COMMENT_CHARACTERS, lease_extend, lease_next, lease_skip
 from annotation.services.rankings import FLAGS, LONGEST_SECONDS, ranking_amend, ranking_submit
 
@@ -214,12 +214,17 @@ def task_body(lease: Lease) -> dict[str, Any]:
 class Desk(APIView):
     parser_classes = [BoundedJSONParser]
 
+    @property
+    def person(self) -> User:
+        """Who asks. Never anonymous: every address of the API needs a token or a session."""
+        return cast(User, self.request.user)
+
 
 class ProjectsView(Desk):
     @extend_schema(operation_id="projects", responses={200: ProjectSerializer(many=True), **errors()})
     def get(self, request: Request) -> Response:
         """The projects that you are a member of."""
-        rows = selectors.projects_of(request.user)
+        rows = selectors.projects_of(self.person)
         return Response(
             [
                 {
@@ -243,8 +248,8 @@ class NextView(Desk):
     )
     def post(self, request: Request, slug: str) -> Response:
         """Take the next prompt; until it is ranked, skipped or run out, the answer stays the same."""
-        project, _ = selectors.project_for(user=request.user, slug=slug)
-        lease = lease_next(project=project, rater=request.user)
+        project, _ = selectors.project_for(user=self.person, slug=slug)
+        lease = lease_next(project=project, rater=self.person)
         if lease is None:
             return Response(status=204)
         lease.project = project
@@ -260,7 +265,7 @@ class RankingsView(Desk):
     def post(self, request: Request) -> Response:
         """Submit a ranking. 201 when it is stored now, 200 when this client_id was stored before."""
         said = parsed(SubmitSerializer, request)
-        return stored(*ranking_submit(rater=request.user, token=said.pop("lease"), **said))
+        return stored(*ranking_submit(rater=self.person, token=said.pop("lease"), **said))
 
 
 class AmendView(Desk):
@@ -271,14 +276,14 @@ class AmendView(Desk):
     )
     def post(self, request: Request, ranking: UUID) -> Response:
         """Store second thoughts on your own ranking as its next revision; the earlier ones stay."""
-        return stored(*ranking_amend(rater=request.user, ranking_uid=ranking, **parsed(SaidSerializer, request)))
+        return stored(*ranking_amend(rater=self.person, ranking_uid=ranking, **parsed(SaidSerializer, request)))
 
 
 class SkipView(Desk):
     @extend_schema(operation_id="skip", request=SkipSerializer, responses={204: None, **errors(400, 404, 409, 413)})
     def post(self, request: Request, lease: UUID) -> Response:
         """Give the prompt to somebody else; it does not come back to you."""
-        lease_skip(rater=request.user, token=lease, **parsed(SkipSerializer, request))
+        lease_skip(rater=self.person, token=lease, **parsed(SkipSerializer, request))
         return Response(status=204)
 
 
@@ -286,7 +291,7 @@ class ExtendView(Desk):
     @extend_schema(operation_id="extend", request=None, responses={200: LeaseTimeSerializer, **errors(404, 409)})
     def post(self, request: Request, lease: UUID) -> Response:
         """Start the lease's time anew."""
-        extended = lease_extend(rater=request.user, token=lease)
+        extended = lease_extend(rater=self.person, token=lease)
         return Response({"lease": extended.token, "expires_at": extended.expires_at})
 
 
@@ -294,7 +299,7 @@ class ProgressView(Desk):
     @extend_schema(operation_id="progress", responses={200: ProgressSerializer, **errors(404)})
     def get(self, request: Request, slug: str) -> Response:
         """Totals of the project; the same for every member."""
-        project, _ = selectors.project_for(user=request.user, slug=slug)
+        project, _ = selectors.project_for(user=self.person, slug=slug)
         return Response(selectors.progress_of([project])[project.pk])
 
 
@@ -305,9 +310,13 @@ def flag(request: Request, name: str) -> bool:
     return value == "1"
 
 
+def following(chunks: Iterator[bytes]) -> bytes | None:
+    return next(chunks, None)
+
+
 async def in_turns(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
     """A synchronous stream for the event loop: each chunk is read in the thread that the database connection belongs to."""
-    while (chunk := await sync_to_async(next)(chunks, None)) is not None:
+    while (chunk := await sync_to_async(following)(chunks)) is not None:
         yield chunk
 
 
@@ -322,10 +331,10 @@ class ProjectRankingsView(Desk):
     )
     def get(self, request: Request, slug: str) -> StreamingHttpResponse:
         """All rankings as JSON lines for managers and reviewers; a rater gets his own."""
-        project, role = selectors.project_for(user=request.user, slug=slug)
+        project, role = selectors.project_for(user=self.person, slug=slug)
         policies, revisions = flag(request, "policies"), flag(request, "revisions")
         if policies and role not in selectors.SEES_EVERYTHING:
             raise Refused("blind", "Raters do not see where a text comes from.", 403)
-        chunks = selectors.ranking_lines(project=project, user=request.user, role=role, policies=policies, revisions=revisions)
+        chunks = selectors.ranking_lines(project=project, user=self.person, role=role, policies=policies, revisions=revisions)
         body = in_turns(chunks) if isinstance(request._request, ASGIRequest) else chunks
         return StreamingHttpResponse(body, content_type="application/x-ndjson")

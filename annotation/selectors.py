@@ -80,14 +80,14 @@ def progress_of(projects: Iterable[Project]) -> dict[int, dict[str, Any]]:
         prompts=Count("prompt", distinct=True),
         open_prompts=Count("prompt", filter=~Q(state=Lease.State.DONE), distinct=True),
     )
-    by_project = {row["project"]: row for row in slots}
+    by_project: dict[int, dict[str, Any]] = {row["project"]: dict(row) for row in slots}
     ranked = Ranking.objects.filter(project__in=projects, revision=1, created_at__gte=today).values("project")
     rankings_today = {row["project"]: row["number"] for row in ranked.annotate(number=Count("pk"))}
     empty = {"slots": 0, "done": 0, "held": 0, "prompts": 0, "open_prompts": 0}
     return {project.pk: _progress(project, by_project.get(project.pk, empty), rankings_today.get(project.pk, 0)) for project in projects}
 
 
-def _progress(project: Project, slots: dict[str, int], rankings_today: int) -> dict[str, Any]:
+def _progress(project: Project, slots: dict[str, Any], rankings_today: int) -> dict[str, Any]:
     return {
         "project": project.slug,
         "is_open": project.is_open,

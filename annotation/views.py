@@ -13,7 +13,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from annotation import selectors
 from annotation.errors import Refused
-from annotation.models import Lease, Skip
+from annotation.models import Lease, Skip, User
 from annotation.render import render_messages, render_text
 from annotation.services.leases import lease_next
 from annotation.services.rankings import FLAGS
@@ -23,9 +23,15 @@ LETTERS = "ABCDEFGHIJKLMNOP"
 NO_LEASE = UUID(int=0)
 
 
+class SignedIn(HttpRequest):
+    """A request behind `login_required`."""
+
+    user: User
+
+
 @require_GET
 @login_required
-def home(request: HttpRequest) -> HttpResponse:
+def home(request: SignedIn) -> HttpResponse:
     rows = selectors.projects_of(request.user)
     mine = [row for row in rows if row["member"]]
     watched = [row for row in rows if row["role"] in selectors.SEES_EVERYTHING]
@@ -36,7 +42,7 @@ def home(request: HttpRequest) -> HttpResponse:
 
 @require_GET
 @login_required
-def project(request: HttpRequest, slug: str) -> HttpResponse:
+def project(request: SignedIn, slug: str) -> HttpResponse:
     found, role = selectors.project_for(user=request.user, slug=slug)
     everything = role in selectors.SEES_EVERYTHING
     context = {
@@ -54,7 +60,7 @@ def project(request: HttpRequest, slug: str) -> HttpResponse:
 
 @require_GET
 @login_required
-def project_raters(request: HttpRequest, slug: str) -> HttpResponse:
+def project_raters(request: SignedIn, slug: str) -> HttpResponse:
     """The table of raters alone: the project page asks for it again when the numbers change."""
     found, _ = selectors.project_for(user=request.user, slug=slug, everything=True)
     return render(request, "annotation/_raters.html", {"project": found, "raters": selectors.raters_of(found)})
@@ -64,7 +70,7 @@ def project_raters(request: HttpRequest, slug: str) -> HttpResponse:
 @login_required
 @ensure_csrf_cookie
 @never_cache
-def rank(request: HttpRequest, slug: str) -> HttpResponse:
+def rank(request: SignedIn, slug: str) -> HttpResponse:
     """The desk without a prompt on it: taking one is a POST, which the page makes at once."""
     found, _ = selectors.project_for(user=request.user, slug=slug)
     context = {
@@ -87,7 +93,7 @@ def rank(request: HttpRequest, slug: str) -> HttpResponse:
 @require_POST
 @login_required
 @never_cache
-def rank_task(request: HttpRequest, slug: str) -> HttpResponse:
+def rank_task(request: SignedIn, slug: str) -> HttpResponse:
     """The next prompt and its cards, as a fragment of the desk."""
     found, _ = selectors.project_for(user=request.user, slug=slug)
     try:

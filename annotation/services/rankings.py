@@ -163,7 +163,7 @@ def _submit(*, rater: User, token: uuid.UUID, client_id: uuid.UUID, said: dict[s
         raise refusal
     refuse_unless_live(lease, now=timezone.now())
     refuse_strangers(rater=rater, project=lease.project)
-    ranking = _insert(lease=lease, client_id=client_id, said=clean_said(lease=lease, **said), revision=1)
+    ranking = _insert(lease=lease, rater=rater, client_id=client_id, said=clean_said(lease=lease, **said), revision=1)
     lease.state, lease.expires_at = Lease.State.DONE, None
     lease.save(update_fields=["state", "expires_at"])
     progress_announce(project_id=lease.project_id)
@@ -207,7 +207,7 @@ def _amend(*, rater: User, ranking_uid: uuid.UUID, client_id: uuid.UUID, said: d
     checked = clean_said(lease=lease, **said)
     current = Ranking.objects.current().get(lease=lease)
     Ranking.objects.filter(pk=current.pk).update(is_current=False)
-    ranking = _insert(lease=lease, client_id=client_id, said=checked, revision=current.revision + 1)
+    ranking = _insert(lease=lease, rater=rater, client_id=client_id, said=checked, revision=current.revision + 1)
     progress_announce(project_id=lease.project_id)
     return ranking, True
 
@@ -234,12 +234,12 @@ def _replayed(ranking: Ranking, *, said: dict[str, object]) -> Ranking:
     return ranking
 
 
-def _insert(*, lease: Lease, client_id: uuid.UUID, said: Said, revision: int) -> Ranking:
+def _insert(*, lease: Lease, rater: User, client_id: uuid.UUID, said: Said, revision: int) -> Ranking:
     return Ranking.objects.create(
         lease=lease,
         project_id=lease.project_id,
         prompt_id=lease.prompt_id,
-        rater_id=lease.rater_id,
+        rater=rater,
         client_id=client_id,
         revision=revision,
         bands=said.bands,
