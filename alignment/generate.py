@@ -52,16 +52,7 @@ def _write(run: RunDirectory, options: GenerateOptions, policy: Policy, processe
         run.event("resume", step=first)
     progress.mark(first)
     started = time.monotonic()
-    sampling = Sampling(
-        options.max_completion_tokens,
-        temperature=options.temperature,
-        greedy=options.greedy,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=run.seed,
-        step=stream_of(policy.name),
-        cache_tokens=options.cache_tokens,
-    )
+    sampling = _sampling(options, run.seed, policy)
     for block in answers_in_blocks(policy, sampling, processes, samples=options.samples, first=first):
         if processes.is_main:
             lines = [_line(policy, sampling, place, sample) for place, samples in block for sample in samples]
@@ -70,18 +61,34 @@ def _write(run: RunDirectory, options: GenerateOptions, policy: Policy, processe
         tokens = sum(len(sample.completion_ids) for _, samples in block for sample in samples)
         progress.report(block[-1][0] + 1, {}, tokens=tokens / processes.world)
     if processes.is_main:
-        final = run.path / "completions.jsonl"
-        metrics, found = summary(partial)
-        partial.replace(final)
-        artefacts = {
-            "completions": str(final),
-            "completions_digest": file_digest(final),
-            "policy": {"model": policy.name, "weights": weights_digests(policy.name), "encoder_digest": policy.encoder.digest},
-        }
-        seconds = time.monotonic() - started
-        run.write_result(metrics=metrics, artefacts=artefacts, seconds=seconds, counts={"prompts": counts, "completions": found})
+        _finish(run, policy, partial, seconds=time.monotonic() - started, counts=counts)
     run.event("end", status="done", step=progress.steps)
     processes.barrier()
+
+
+def _sampling(options: GenerateOptions, seed: int, policy: Policy) -> Sampling:
+    return Sampling(
+        options.max_completion_tokens,
+        temperature=options.temperature,
+        greedy=options.greedy,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed,
+        step=stream_of(policy.name),
+        cache_tokens=options.cache_tokens,
+    )
+
+
+def _finish(run: RunDirectory, policy: Policy, partial: Path, *, seconds: float, counts: dict[str, Any]) -> None:
+    final = run.path / "completions.jsonl"
+    metrics, found = summary(partial)
+    partial.replace(final)
+    artefacts = {
+        "completions": str(final),
+        "completions_digest": file_digest(final),
+        "policy": {"model": policy.name, "weights": weights_digests(policy.name), "encoder_digest": policy.encoder.digest},
+    }
+    run.write_result(metrics=metrics, artefacts=artefacts, seconds=seconds, counts={"prompts": counts, "completions": found})
 
 
 def resume_at(partial: Path, keys: list[str], samples: int) -> int:

@@ -128,15 +128,13 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
             f"The reward model {inputs['reward_model']} reads other tokens or another template than the policy {inputs['model']} writes.",
             remedy="Train the reward model from the same starting model (or one with the same tokenizer and template).",
         )
-    shared = {"device": device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
+    shared: dict[str, Any] = {"device": device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
     policy = load_policy(inputs["model"], lora=Lora.of(options), **shared)
     value = load_reward_model(inputs["reward_model"], lora=Lora.of(options, keep=(HEAD,)), **shared)
     frozen = None
     if inputs.get("reference"):
         if Encoder.load(inputs["reference"], template=options.template).digest != encoder.digest:
-            raise InputError(
-                f"The reference {inputs['reference']} has other tokens.", remedy="Give the model PPO starts from."
-            )
+            raise InputError(f"The reference {inputs['reference']} has other tokens.", remedy="Give the model PPO starts from.")
         frozen = load_policy(inputs["reference"], device=device).eval().requires_grad_(False)
     elif not options.lora_rank:
         frozen = frozen_copy(policy)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from training.errors import TrainingFailed
-from training.language_model import _head, unwrap
+from training.errors import InputError, TrainingFailed
+from training.language_model import output_head, unwrap
 from training.pack import Row
 from training.processes import Processes
 
@@ -119,7 +119,8 @@ def sample_completions(
              streams: the number of each prompt in the step, by which it gets its random numbers (None: its place in `prompts`);
              processes: for its autocast (None: float32).
     Returns: P * samples Samples, in the order of `prompts`, a prompt's samples side by side.
-    Raises:  ValueError for an empty prompt or no stop token;  TrainingFailed if the model's logits are not finite.
+    Raises:  ValueError for an empty prompt or no stop token;  TrainingFailed if the model's logits are not finite;  InputError for a
+             model with recurrent layers.
     Source:  inverse transform sampling, Devroye 1986, "Non-Uniform Random Variate Generation", II.2."""
     if not stop_ids:
         raise ValueError("stop_ids is empty: no completion could ever end.")
@@ -198,16 +199,18 @@ class _Engine:
     def __init__(self, model: Any, sampling: Sampling, stop_ids: list[int], pad_id: int, processes: Processes | None) -> None:
         self.plain = unwrap(model)
         self.device = next(self.plain.parameters()).device
-        self.head = _head(self.plain)
+        # Draws need float64, which Apple's devices do not have: there they are made on the CPU.
+        self.books = torch.device("cpu") if self.device.type == "mps" else self.device
+        self.head = output_head(self.plain)
         self.sampling = sampling
-        self.stop_ids = torch.tensor(stop_ids, device=self.device)
+        self.stop_ids = torch.tensor(stop_ids, device=self.books)
         self.pad_id = pad_id
         self.processes = processes
 
     def draw(self, prompts: Sequence[Sequence[int]], streams: Sequence[int], samples: int) -> list[list[Sample]]:
         cache, logits, batch = self._prefill(prompts, streams, samples)
         for t in range(self.sampling.max_new_tokens):
-            tokens, logps, entropies = draw_tokens(logits, batch.uniforms[batch.owner, t], self.sampling)
+            tokens, logps, entropies = draw_tokens(logits.to(self.books), batch.uniforms[batch.owner, t], self.sampling)
             batch.tokens[batch.owner, t] = tokens
             batch.logps[batch.owner, t] = logps
             batch.entropies[batch.owner, t] = entropies
@@ -218,7 +221,7 @@ class _Engine:
             if not bool(going.all()):
                 tokens = tokens[self._compact(cache, batch, going)]
             width = batch.mask.shape[1] - self.sampling.max_new_tokens + t + 1
-            logits = self._forward(tokens[:, None], batch.mask[:, :width], batch.positions[:, None] + t, cache)
+            logits = self._forward(tokens[:, None].to(self.device), batch.mask[:, :width], batch.positions[:, None] + t, cache)
         return self._samples(batch, prompts, samples)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], streams: Sequence[int], samples: int) -> tuple[DynamicCache, Tensor, _Batch]:
@@ -236,10 +239,10 @@ class _Engine:
         uniforms = np.stack([uniform_numbers(self.sampling, stream, sample) for stream in streams for sample in range(samples)])
         _expand(cache, samples, room)
         batch = _Batch(
-            owner=torch.arange(len(prompts) * samples, device=self.device),
+            owner=torch.arange(len(prompts) * samples, device=self.books),
             mask=whole.repeat_interleave(samples, dim=0),
             positions=(positions[:, -1] + 1).repeat_interleave(samples, dim=0),
-            uniforms=torch.from_numpy(uniforms).to(self.device),
+            uniforms=torch.from_numpy(uniforms).to(self.books),
         )
         return cache, logits.repeat_interleave(samples, dim=0), batch
 
@@ -263,12 +266,13 @@ class _Engine:
         holes = (~going[:left]).nonzero()[:, 0]
         moved = going[left:].nonzero()[:, 0] + left
         order[holes] = moved
+        here, holes, moved = (index.to(self.device) for index in (order, holes, moved))
         for layer in cache.layers:
             if isinstance(layer, _RoomyLayer):
                 layer.move(holes, moved, left)
-            else:
-                layer.batch_select_indices(order)
-        batch.owner, batch.mask, batch.positions = batch.owner[order], batch.mask[order], batch.positions[order]
+            elif isinstance(layer, CacheLayerMixin):
+                layer.batch_select_indices(here)
+        batch.owner, batch.mask, batch.positions = batch.owner[order], batch.mask[here], batch.positions[here]
         return order
 
     def _samples(self, batch: _Batch, prompts: Sequence[Sequence[int]], samples: int) -> list[list[Sample]]:
@@ -328,7 +332,7 @@ class _RoomyLayer(DynamicLayer):
         self._values[: self.rows, :, self.length : end] = value_states
         self.length = end
         self._show()
-        return self.keys, self.values
+        return self._keys[: self.rows, :, :end], self._values[: self.rows, :, :end]
 
     def move(self, holes: Tensor, moved: Tensor, rows: int) -> None:
         if len(holes):
@@ -343,5 +347,10 @@ def _expand(cache: DynamicCache, samples: int, room: int) -> None:
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[place] = _RoomyLayer(layer, samples, room)
+        elif not isinstance(layer, CacheLayerMixin):
+            raise InputError(
+                f"The model keeps a recurrent state ({type(layer).__name__}), which padding on the left would change.",
+                remedy="Use a model whose layers all attend, such as Llama, Qwen or Gemma.",
+            )
         elif samples > 1:
             layer.batch_repeat_interleave(samples)

@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,17 +155,18 @@ def frozen_copy(model: Any) -> Any:
 
 def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, T, H): the last layer's output. Positions count real tokens only, so padding on either side changes nothing."""
+    accepted = _accepted(type(backbone).forward)
     extra: dict[str, Any] = {}
-    if "position_ids" in _accepted(type(backbone)):
+    if "position_ids" in accepted:
         extra["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    if "use_cache" in _accepted(type(backbone)):
+    if "use_cache" in accepted:
         extra["use_cache"] = False
     return backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
 
 
 @lru_cache(maxsize=32)
-def _accepted(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def completion_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -189,7 +190,7 @@ def completion_statistics(
     wanted = completion_mask[:, 1:].bool()
     rows, places = wanted.nonzero(as_tuple=True)
     targets = input_ids[rows, places + 1]
-    head = _head(plain)
+    head = output_head(plain)
     if head is None:
         logits = plain(input_ids=input_ids, attention_mask=attention_mask).logits[rows, places]
         logps, entropies = _from_logits(logits.float() / temperature, targets, entropy)
@@ -215,7 +216,7 @@ def _in_chunks(head: "Head", states: Tensor, targets: Tensor, temperature: float
     for hidden, target in zip(states.split(size), targets.split(size), strict=True):
         parts.append(checkpoint(part, hidden, target, use_reentrant=False) if torch.is_grad_enabled() else part(hidden, target))
     logps = torch.cat([logps for logps, _ in parts])
-    return logps, torch.cat([entropies for _, entropies in parts]) if entropy else None
+    return logps, torch.cat([entropies for _, entropies in parts if entropies is not None]) if entropy else None
 
 
 def _from_logits(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -230,24 +231,20 @@ class Head:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        self.layer = model.get_output_embeddings()
+        self.layer: Any = model.get_output_embeddings()
         self.multiply = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.vocabulary = int(config.vocab_size)
 
     def __call__(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            weight, bias = getattr(self.layer, "weight", None), getattr(self.layer, "bias", None)
-            if type(self.layer) is nn.Linear:
-                logits = F.linear(states.float(), weight.float(), None if bias is None else bias.float())
-            else:
-                logits = self.layer(states.float()).float()
+            logits = self.layer(states.float()).float()
         if self.multiply != 1.0:
             logits = logits * self.multiply
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
-def _head(model: PreTrainedModel) -> Head | None:
+def output_head(model: PreTrainedModel) -> Head | None:
     """The model's head, once it has been shown to give the model's own logits; None where it does not (the whole model is then called)."""
     if not hasattr(model, "_rankloop_head"):
         head = Head(model) if model.get_output_embeddings() is not None else None
