@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from training.errors import InputError, TrainingFailed
 from training.language_model import output_head, unwrap
@@ -270,7 +270,7 @@ class _Engine:
         for layer in cache.layers:
             if isinstance(layer, _RoomyLayer):
                 layer.move(holes, moved, left)
-            elif isinstance(layer, CacheLayerMixin):
+            elif isinstance(layer, DynamicLayer):
                 layer.batch_select_indices(here)
         batch.owner, batch.mask, batch.positions = batch.owner[order], batch.mask[here], batch.positions[here]
         return order
@@ -347,7 +347,7 @@ def _expand(cache: DynamicCache, samples: int, room: int) -> None:
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[place] = _RoomyLayer(layer, samples, room)
-        elif not isinstance(layer, CacheLayerMixin):
+        elif not isinstance(layer, DynamicLayer):
             raise InputError(
                 f"The model keeps a recurrent state ({type(layer).__name__}), which padding on the left would change.",
                 remedy="Use a model whose layers all attend, such as Llama, Qwen or Gemma.",
