@@ -78,4 +78,5 @@ def token_values(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tenso
 
 def _head(model: Any, states: Tensor) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
-        return unwrap(model).score(states.float())[..., 0].float()
+        head: Any = unwrap(model).score
+        return head(states.float())[..., 0].float()

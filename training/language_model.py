@@ -73,14 +73,27 @@ def load_pretrained(auto_class: Any, name: str | Path, **extra: Any) -> PreTrain
         extra["use_safetensors"] = True
     for attention in ("sdpa", "eager"):
         try:
-            return auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **extra)
+            model = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **extra)
         except (OSError, ValueError, ImportError) as error:
             if attention == "eager" or "attention" not in str(error):
                 raise InputError(
                     f"No model can be loaded from {name}: {error}",
                     remedy="Name a model folder with config.json and safetensors, a hub name, or a .gguf file.",
                 ) from error
+        else:
+            return _as_if_never_quantised(model) if gguf_file else model
     raise AssertionError("unreachable")
+
+
+def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights of a GGUF file are plain float32 once loaded; transformers would still refuse to save them."""
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None if name == "quantization_method" else False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: bool = False) -> Any:

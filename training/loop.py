@@ -32,9 +32,17 @@ from training.rundir import RunDirectory, file_digest
 class Objective(Protocol):
     """What a method adds to the loop. Items are known by index; each process knows all of them."""
 
-    weights: Sequence[float]  # how much of a batch each item is (its rankings, or 1)
-    costs: Sequence[int]  # tokens of each item
-    extra: Sequence[tuple[nn.Parameter, float]]  # trained parameters outside the model, with learning rates
+    @property
+    def weights(self) -> Sequence[float]:
+        """How much of a batch each item is: its rankings, or 1."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Tokens of each item."""
+
+    @property
+    def extra(self) -> Sequence[tuple[nn.Parameter, float]]:
+        """Trained parameters outside the model, with their learning rates."""
 
     def denominator(self, indices: Sequence[int]) -> float:
         """What the summed loss of a whole batch is divided by. Depends on the items alone, so every process knows it."""
@@ -153,7 +161,7 @@ def _save(training: Training, optimiser: Optimiser, progress: Progress, step: in
         merged: Sums = {}
         for part in all_sums:
             add_sums(merged, {name: (top, bottom) for name, (top, bottom) in part.items()})
-        extra = {str(index): parameter for index, (parameter, _) in enumerate(training.objective.extra)}
+        extra: dict[str, Tensor] = {str(index): parameter for index, (parameter, _) in enumerate(training.objective.extra)}
         tensors = {"model": trained_tensors(training.model), "optimiser": optimiser_state(optimiser.adamw), "random": random_state()}
         values = {
             "sums": merged,
