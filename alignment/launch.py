@@ -60,11 +60,12 @@ def gpu_count() -> int:
 def child_command(run_directory: Path, processes: int, *, cpu: bool = False) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "alignment", str(run_directory)]
+    if cpu:  # accelerate starts one process only here, and dies at SIGTERM before the checkpoint is written: see fan_out
+        return [sys.executable, "-m", "alignment", str(run_directory), "--processes", str(processes)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
     # Port 0: any free one, so that two jobs on one machine do not meet.
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher += ["--cpu"] if cpu else ["--multi_gpu"]
-    return [*launcher, "-m", "alignment", str(run_directory)]
+    return [*launcher, "--multi_gpu", "-m", "alignment", str(run_directory)]
 
 
 def child_environment(gpus: Sequence[int] | None) -> dict[str, str]:
