@@ -156,9 +156,7 @@ class Lease(models.Model):
                 condition=Q(state="free", rater__isnull=True) | Q(state__in=["held", "done"], rater__isnull=False),
                 name="lease_rater_matches_state",
             ),
-            models.CheckConstraint(
-                condition=~Q(state="held") | Q(expires_at__isnull=False), name="lease_held_has_an_end"
-            ),
+            models.CheckConstraint(condition=~Q(state="held") | Q(expires_at__isnull=False), name="lease_held_has_an_end"),
         ]
         indexes = [
             models.Index(fields=["project", "prompt", "slot"], name="lease_open", condition=~Q(state="done")),
