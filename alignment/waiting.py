@@ -3,6 +3,8 @@
 import signal
 import time
 
+from django.db.models import Max
+
 from alignment.models import Job
 from alignment.progress import Display
 from alignment.services.jobs import job_cancel
@@ -18,7 +20,8 @@ def wait_for(*, ids: list[int]) -> tuple[list[Job], bool]:
     Ctrl-C (or SIGTERM) stops what is done here at a checkpoint, and takes what nobody has begun out of the queue; a second one does not
     wait for checkpoints. Jobs that another worker holds go on: that worker may belong to somebody else.
     """
-    worker = Worker(WorkerSettings(only=tuple(ids), poll_seconds=POLL_SECONDS))
+    places = Job.objects.filter(pk__in=ids).aggregate(Max("gpu_slots"))["gpu_slots__max"] or 1
+    worker = Worker(WorkerSettings(only=tuple(ids), poll_seconds=POLL_SECONDS, slots=places))
     asked = 0
 
     def ask(*_: object) -> None:
