@@ -27,10 +27,9 @@ def facts_report(made: Round, *, seconds: Callable[[], float]) -> dict[str, Any]
     Raises:  Refused if a job of the round left no completions.
     """
     start = verdicts(made, "start")
-    policies = {"sft": figures(start, start, kl_nats=0.0)}
+    policies = {"sft": {**figures(start, start), "kl_nats": 0.0}}
     for method in made.methods:
-        kl_nats = _metrics(_job(made, "evaluate", method)).get("kl_k1_nats")
-        policies[method] = figures(verdicts(made, method), start, kl_nats=kl_nats)
+        policies[method] = {**figures(verdicts(made, method), start), **_kl(_metrics(_job(made, "evaluate", method)))}
     report = {
         "policies": policies,
         "reward_model": reward_figures(_job(made, "reward")),
@@ -63,7 +62,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def figures(mine: Verdicts, start: Verdicts, *, kl_nats: float | None) -> dict[str, Any]:
+def figures(mine: Verdicts, start: Verdicts) -> dict[str, Any]:
     """Means over samples with 95 % intervals by prompt. The win rate compares each sample with each of the SFT policy's, same prompt."""
     rows = [(prompt, verdict) for prompt in sorted(mine) for verdict in mine[prompt]]
     groups = [prompt for prompt, _ in rows]
@@ -83,8 +82,7 @@ def figures(mine: Verdicts, start: Verdicts, *, kl_nats: float | None) -> dict[s
         (prompt, wins(one.utility, other.utility)) for prompt in sorted(mine) for one in mine[prompt] for other in start.get(prompt, [])
     ]
     told |= _estimate("win_rate", [won for _, won in duels], [prompt for prompt, _ in duels])
-    told |= {"kl_nats": kl_nats, "samples": len(rows), "prompts": len(mine)}
-    return told
+    return told | {"samples": len(rows), "prompts": len(mine)}
 
 
 def _estimate(name: str, values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
@@ -104,6 +102,13 @@ def reward_figures(job: Job) -> dict[str, Any]:
 
 def _metrics(job: Job) -> dict[str, Any]:
     return json.loads((job.folder / "result.json").read_text(encoding="utf-8"))["metrics"]
+
+
+def _kl(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """KL from the SFT policy, of whole outputs, by the estimators k1 (with its 95 % interval) and k3."""
+    k1, error = metrics.get("kl_k1_nats"), metrics.get("kl_k1_standard_error_nats")
+    told = {"kl_nats": k1, "kl_k3_nats": metrics.get("kl_k3_nats")}
+    return told if k1 is None or error is None else {**told, "kl_nats_interval": [round(k1 - 1.96 * error, 4), round(k1 + 1.96 * error, 4)]}
 
 
 def _ranking_figures(made: Round) -> dict[str, Any]:
@@ -127,11 +132,11 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("policy")
-    for heading in ("facts said", "wins against SFT", "KL, nats", "words", "words per fact", "invented", "fluency"):
+    for heading in ("facts said", "wins against SFT", "KL (k1), nats", "words", "words per fact", "invented", "fluency"):
         table.add_column(heading, justify="right")
     for method, told in report["policies"].items():
         wins_told = "-" if method == "sft" else _with_interval(told, "win_rate")
-        kl = "-" if method == "sft" or told["kl_nats"] is None else f"{told['kl_nats']:.2f}"
+        kl = _with_interval(told, "kl_nats", 2) if told.get("kl_nats_interval") else "-"
         plain = (f"{told['words']:.1f}", f"{told['words_per_fact']:.2f}", f"{told['invented']:.3f}", f"{told['fluency']:.3f}")
         table.add_row(names.get(method, method), _with_interval(told, "facts_said"), wins_told, kl, *plain)
     console.print(table)
@@ -150,6 +155,6 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def _with_interval(told: Mapping[str, Any], name: str) -> str:
+def _with_interval(told: Mapping[str, Any], name: str, digits: int = 3) -> str:
     low, high = told[f"{name}_interval"]
-    return f"{told[name]:.3f} ±{(high - low) / 2:.3f}"
+    return f"{told[name]:.{digits}f} ±{(high - low) / 2:.{digits}f}"

@@ -56,7 +56,7 @@ DEMO_OPTIONS: dict[str, dict[str, Any]] = {
     "generate": {**LENGTHS},
     "evaluate": {**LENGTHS, "samples": 2},
 }
-EXPECTED_SECONDS = {"prepare": 10.0, "sft": 110.0, "write": 25.0, "rank": 25.0, "learn": 200.0, "report": 3.0}
+EXPECTED_SECONDS = {"prepare": 6.0, "sft": 110.0, "write": 12.0, "rank": 18.0, "learn": 130.0, "report": 1.0}
 
 MINIATURE_OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {**LENGTHS, "max_steps": 6, "batch_rows": 8, "learning_rate": 3e-3},

@@ -1,6 +1,7 @@
 """`manage.py demo`: the whole loop on built-in data, then the site. See `demo/pipeline.py`."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -38,6 +39,7 @@ class Command(BaseCommand):
         console = Console() if sys.stdout.isatty() else Console(width=120)  # a log has no width
         wants_site = os.environ.get("SERVE", "1").strip().lower() not in {"0", "no", "false", "off"}
         port, model = _port(), os.environ.get("MODEL", "")
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stop in good order
         try:
             if model not in ("", "smollm2"):
                 raise Refused("model_unknown", f"MODEL={model!r} is unknown: leave it out, or set MODEL=smollm2.")
@@ -55,6 +57,8 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         except (Interrupted, KeyboardInterrupt) as error:
             raise CommandError("Stopped. What was done is kept: the same command goes on from here.", returncode=130) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
         _tell(console, passwords, port, wants_site)
         if wants_site:
             serve(port)
