@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from training.errors import InputError
 from training.rundir import write_atomically
@@ -25,7 +25,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TooLong(Exception):
-    """A text over the token limit. `part` is "prompt" or "completion"."""
+    """A text over the token limit. `part` is "prompt", "completion", or "prompt and completion" (over the model's positions)."""
 
     part: str
     tokens: int
@@ -71,6 +71,7 @@ class Encoder:
         self.separator = separator
         self.max_prompt_tokens = max_prompt_tokens
         self.max_completion_tokens = max_completion_tokens
+        self.max_positions: int | None = None  # of the model, where its configuration says so
         self.boundary_moves = 0  # prompts where the chat template renders the full conversation in other tokens than prompt + completion
         if template == "chat" and not tokenizer.chat_template:
             raise InputError("template = chat, but the tokenizer has no chat template.", remedy="Set template = plain.")
@@ -107,6 +108,7 @@ class Encoder:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=max_completion_tokens,
         )
+        encoder.max_positions = _positions(folder)
         if remembered and chosen == remembered.get("template") and remembered.get("digest") != encoder.digest:
             raise InputError(
                 f"{folder}: the tokenizer or chat template is not the one that {ENCODER_FILE} was written with.",
@@ -137,6 +139,12 @@ class Encoder:
         if len(ids) > self.max_completion_tokens:
             raise TooLong("completion", len(ids), self.max_completion_tokens)
         return ids
+
+    def check_length(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:
+        """Raises TooLong if both together are more than the model has positions for."""
+        tokens = len(prompt_ids) + len(completion_ids)
+        if self.max_positions is not None and tokens > self.max_positions:
+            raise TooLong("prompt and completion", tokens, self.max_positions)
 
     def check_boundary(self, messages: Sequence[Message], text: str) -> bool:
         """Whether the chat template renders the whole conversation in the same tokens as prompt + completion. Misses are counted."""
@@ -216,6 +224,17 @@ def _remembered(folder: str | Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def _positions(folder: str | Path) -> int | None:
+    name, gguf_file = split_gguf(folder)
+    if gguf_file:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _generation_stop_ids(folder: str | Path, vocabulary: int) -> list[int]:

@@ -134,7 +134,7 @@ class TrainingOptions:
     lora_targets: tuple[str, ...] = ("all-linear",)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
-    tokens_per_micro_batch: int = 8192
+    tokens_per_micro_batch: int = 4096  # memory, not the update, depends on it
 
     log_steps: int = 10
     evaluate_steps: int = 0  # 0: at the end only

@@ -167,6 +167,7 @@ def encode_rankings(prompts: Iterable[RankedPrompt], encoder: Encoder, ledger: L
         for index, text in enumerate(prompt.completions):
             try:
                 ids = tuple(encoder.completion_ids(text))
+                encoder.check_length(prompt_ids, ids)
             except (TooLong, ValueError) as error:
                 ledger.drop(f"{prompt.key}[{index}]", str(error))
                 continue
@@ -191,6 +192,7 @@ def encode_demonstrations(rows: Iterable[Demonstration], encoder: Encoder, ledge
         ledger.read += 1
         try:
             item = EncodedDemonstration(row.key, encoder.prompt_ids(row.messages), encoder.completion_ids(row.completion))
+            encoder.check_length(item.prompt_ids, item.completion_ids)
         except (TooLong, ValueError) as error:
             ledger.drop(row.key, str(error))
             continue

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.training.tiny import llama, snapshot, user, write_lines
+from tests.training.tiny import gpt2, llama, snapshot, user, write_lines
 from training.encode import Encoder
 from training.errors import InputError
 from training.ledger import Ledger
@@ -72,6 +72,16 @@ def test_an_over_long_completion_leaves_its_rankings_and_is_listed(tmp_path, mod
     with pytest.raises(InputError, match=r"1 of 3 completions cannot be used, more than max_dropped_share = 0.02"):
         ledger.enforce(0.02)
     ledger.enforce(0.5)
+
+
+def test_a_row_longer_than_the_models_positions_is_left_out(tmp_path):
+    """GPT-2 of 128 positions: 70 and 70 tokens are each within their limit, together they are not."""
+    encoder = Encoder.load(gpt2(tmp_path / "m"))
+    assert encoder.max_positions == 128
+    data = write_lines(tmp_path / "d.jsonl", [{"prompt": "fish " * 70, "completion": "fish " * 70}, {"prompt": "a", "completion": "b"}])
+    ledger = Ledger("rows")
+    assert len(encode_demonstrations(read_demonstrations(data), encoder, ledger)) == 1
+    assert ledger.reasons == {"prompt and completion of more than 128 tokens": 1}
 
 
 def test_nothing_left_to_use_is_an_error():
