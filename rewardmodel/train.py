@@ -162,7 +162,7 @@ class Scores:
         rows, _ = _rows_of(self.items)
         rows = rows[:: -(-len(rows) // NORMALISED_ON)]
         with torch.no_grad(), self.processes.autocast():
-            points = self._scores(rows).double()
+            points = self._scores(rows).cpu().double()
         notes = RewardNotes(
             mean=float(points.mean()),
             scale=max(float(points.std()), 1e-6),

@@ -94,6 +94,25 @@ def test_a_run_repeats_bit_by_bit_and_another_seed_does_not(parts, tmp_path):
     assert file_digest(other.model_folder / "model.safetensors") != file_digest(one.model_folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_keeps_weights_and_losses_in_float32(parts, tmp_path, method):
+    rough = finished(parts, tmp_path / "rough", method, max_steps=3, dtype="bfloat16")
+    exact = finished(parts, tmp_path / "exact", method, max_steps=3)
+    assert events(rough, "start")[0]["dtype"] == "bfloat16"
+    assert all(tensor.dtype == torch.float32 for tensor in weights(rough).values())
+    for one, other in zip(events(rough, "step"), events(exact, "step"), strict=True):
+        assert one["metrics"]["loss"] == pytest.approx(other["metrics"]["loss"], rel=0.02)
+
+
+def test_recomputed_activations_and_weight_decay_are_options_that_work(parts, tmp_path):
+    one = finished(parts, tmp_path / "one", "dpo", max_steps=3, gradient_checkpointing=True)
+    two = finished(parts, tmp_path / "two", "dpo", max_steps=3)
+    assert_same(one, two, atol=1e-5)
+    three = finished(parts, tmp_path / "three", "dpo", max_steps=3, weight_decay=0.5, max_gradient_norm=0)
+    with pytest.raises(AssertionError):
+        assert_same(two, three, atol=1e-5)
+
+
 def launched_by_accelerate(run):
     return start(run, launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"))
 
