@@ -6,6 +6,7 @@ also those that `accelerate launch` starts in sessions of their own; the lock is
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -49,6 +50,7 @@ class Child:
         self.process.wait()
 
 
+@functools.cache
 def gpu_count() -> int:
     """GPUs of this machine, asked without loading torch."""
     if shutil.which("nvidia-smi") is None:

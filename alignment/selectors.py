@@ -12,7 +12,7 @@ from django.db.models import Count, F, QuerySet
 
 from alignment.curves import charts_of, figures_of, shown
 from alignment.follow import COUNTED_AS_WARNING
-from alignment.launch import child_command
+from alignment.launch import child_command, gpu_count
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
 from annotation.errors import Refused
@@ -76,7 +76,7 @@ def run_command(*, job: Job) -> str:
     folder = job.folder
     if folder.is_relative_to(settings.BASE_DIR):
         folder = folder.relative_to(settings.BASE_DIR)
-    words = child_command(folder, job.processes)
+    words = child_command(folder, job.processes, cpu=not gpu_count())
     return shlex.join(["python" if word.endswith(("python", "python3")) else word for word in words])
 
 

@@ -83,11 +83,17 @@ class Worker:
 
     def run(self) -> None:
         with self._signals():
-            while True:
-                busy = self.turn()
-                if (self.leaving and not self.held) or (self.options.once and not busy):
-                    return
-                time.sleep(self.options.poll_seconds)
+            try:
+                while True:
+                    busy = self.turn()
+                    if (self.leaving and not self.held) or (self.options.once and not busy):
+                        return
+                    time.sleep(self.options.poll_seconds)
+            except BaseException:
+                # A defect of ours: the children write their checkpoints, and another worker takes the jobs up when the leases end.
+                for held in self.held:
+                    held.child.stop()
+                raise
 
     def turn(self) -> bool:
         """Do what there is to do now. Returns False when there was nothing, and nothing runs."""
@@ -101,7 +107,7 @@ class Worker:
             while not self.leaving and self._claim_one():
                 claimed = True
             return claimed or bool(self.held)
-        except (OperationalError, RunBusy) as error:
+        except OperationalError as error:
             # The database is away for a moment. Children go on until their leases would have ended.
             logger.warning("worker %s: %s", self.name, error)
             self._end_overdue()
@@ -164,6 +170,10 @@ class Worker:
             return
         (job.folder / "error.json").unlink(missing_ok=True)  # of an earlier attempt
         gpus = self._free_gpus(job.gpu_slots)
+        if gpus and len(gpus) < job.processes:
+            raise InputError(
+                f"{job.processes} processes need as many GPUs; this machine has {self._gpus}.", remedy="Ask again with fewer --processes."
+            )
         child = start_child(job.folder, processes=job.processes, gpus=gpus, cwd=settings.BASE_DIR)
         held = Held(job, job.fence, run, child, gpus or ())
         self.held.append(held)
@@ -232,7 +242,11 @@ class Worker:
         for job in jobs_lost_for_good(now=timezone.now()):
             if self.options.only is not None and job.pk not in self.options.only:
                 continue
-            end_leftovers(job.folder, job.process_group, grace_seconds=self.options.lease_seconds / 2)
+            try:
+                end_leftovers(job.folder, job.process_group, grace_seconds=self.options.lease_seconds / 2)
+            except RunBusy as busy:
+                logger.warning("%s: %s", job.name, busy)
+                continue
             error = f"Its worker was lost {job.attempt} times."
             remedy = f"Read {job.folder / 'log.txt'} (memory?), then `manage.py jobs resume {job.name}`."
             job_fail(job=job, fence=job.fence, ending=Ending(error=error, remedy=remedy))
@@ -249,9 +263,9 @@ class Worker:
                 outcome = "succeeded"
             else:
                 outcome = self._end_without_result(held, exit_code)
-        except DatabaseError:
+        except OperationalError:
             raise  # the job stays held; the next turn tries again, or the lease ends and another worker finds the result
-        except (Refused, OSError, ValueError, KeyError) as error:
+        except (DatabaseError, Refused, OSError, ValueError, KeyError) as error:
             logger.exception("%s: could not be finished", job.name)
             remedy = f"The run itself is whole: mend the cause, then `manage.py jobs resume {job.name}` only repeats the last step."
             job_fail(

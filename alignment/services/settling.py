@@ -22,7 +22,9 @@ class Ending:
 
 def job_let_go(job: Job, state: str, ending: Ending) -> None:
     """Write the new state of a locked row, and that no worker holds it any more."""
-    job.state, job.exit_code, job.error, job.remedy = state, ending.exit_code, ending.error, ending.remedy
+    job.state, job.exit_code = state, ending.exit_code
+    # PostgreSQL stores no NUL, and what a crashing child says may hold anything.
+    job.error, job.remedy = ending.error.replace("\x00", "\ufffd"), ending.remedy.replace("\x00", "\ufffd")
     job.worker, job.lease_expires_at, job.process_group, job.eta_seconds = "", None, None, None
     job.finished_at = None if state in Job.ACTIVE else timezone.now()
     job.save()

@@ -18,7 +18,7 @@ from training.rundir import RunDirectory
 
 __all__ = ["stand"]
 pytestmark = pytest.mark.training
-STEPS = 1000  # enough that no run ends by itself while a test looks away
+STEPS = 600  # enough that no run ends by itself while a test looks away
 LONG = ("--set", f"max_steps={STEPS}", "--set", "checkpoint_steps=20", "--set", "log_steps=5", "--set", "tokens_per_micro_batch=512")
 RACE = """
 from alignment.services.claims import job_claim
@@ -100,6 +100,16 @@ def test_a_run_that_refuses_its_input_fails_with_the_reason_and_the_remedy(stand
     assert answer["exit_code"] == 2
     assert answer["error"]
     assert answer["attempt"] == 1, "what was refused once is not tried again"
+
+
+def test_ctrl_c_of_who_waits_stops_the_job_and_leaves_no_child_behind(stand: Stand, start):
+    waiting = stand.start(*start, "--name", "left", "--wait", *LONG)
+    folder = stand.var / "runs/left"
+    wait_until(lambda: folder.exists() and holders(folder), 60, "the child started")
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(timeout=60) == 4
+    assert show(stand, "left")["state"] in ("stopped", "cancelled")
+    assert not holders(folder)
 
 
 def kinds_of(folder: Path) -> list[str]:
