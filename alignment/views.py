@@ -23,7 +23,7 @@ DONE = {
 
 def _engineer_or_404(request: HttpRequest) -> None:
     """Staff, and managers of a project."""
-    if not (request.user.is_staff or Membership.objects.filter(user=request.user, role=Membership.Role.MANAGER).exists()):
+    if not (request.user.is_staff or Membership.objects.filter(user_id=request.user.pk or 0, role=Membership.Role.MANAGER).exists()):
         raise Http404
 
 
@@ -40,7 +40,7 @@ def runs(request: HttpRequest) -> HttpResponse:
     jobs = Job.objects.visible_to(request.user).select_related("project", "round").order_by("-id")[:100]
     models = TrainedModel.objects.visible_to(request.user).select_related("project").order_by("-id")[:50]
     context = {"jobs": jobs, "models": models, "active": any(job.is_active for job in jobs)}
-    return render(request, "alignment/_runs.html" if request.htmx else "alignment/runs.html", context)
+    return render(request, "alignment/_runs.html" if request.headers.get("HX-Request") else "alignment/runs.html", context)
 
 
 @require_GET

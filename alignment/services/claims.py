@@ -112,6 +112,5 @@ def _end(job: Job, fence: int, state: str, ending: Ending) -> bool:
         return False
     job_let_go(held, state, ending)
     dependents_block(job=held)
-    if held.round_id:
-        round_settle(round=held.round)
+    round_settle(round=held.round)
     return True

@@ -152,8 +152,7 @@ def job_cancel(*, job: Job) -> Job:
         locked.finished_at = timezone.now()
         locked.save()
         dependents_block(job=locked)
-        if locked.round_id:
-            round_settle(round=locked.round)
+        round_settle(round=locked.round)
     return locked
 
 
@@ -199,6 +198,5 @@ def _queue_again(job: Job) -> Job:
         one.state = State.WAITING if unmet else State.QUEUED
         one.attempt, one.error, one.remedy, one.exit_code, one.blocked_by, one.finished_at = 0, "", "", None, None, None
         one.save()
-    if job.round_id:
-        round_settle(round=job.round)
+    round_settle(round=job.round)
     return job

@@ -98,7 +98,7 @@ class _Chain:
     def queue(self) -> None:
         request = self.request
         reward = model_reference(text=request.reward_model) if request.reward_model else self._reward()
-        policies = {method: self._policy(method, reward) for method in request.methods}
+        policies: dict[str, Any] = {method: self._policy(method, reward) for method in request.methods}
         policies["start"] = self.start
         self._generate(policies)
         self._evaluate(policies, reward)

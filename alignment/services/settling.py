@@ -53,8 +53,10 @@ def dependents_block(*, job: Job) -> int:
     return ended
 
 
-def round_settle(*, round: Round) -> Round:
-    """A round runs while one of its jobs does; then it is as good as its worst job."""
+def round_settle(*, round: Round | None) -> None:
+    """A round runs while one of its jobs does; then it is as good as its worst job. Jobs without a round pass None."""
+    if round is None:
+        return
     locked = Round.objects.select_for_update(of=("self",)).get(pk=round.pk)
     states = set(locked.jobs.values_list("state", flat=True))
     if states & set(Job.ACTIVE):
@@ -69,4 +71,3 @@ def round_settle(*, round: Round) -> Round:
         locked.state = state
         locked.finished_at = None if state == Round.State.RUNNING else timezone.now()
         locked.save(update_fields=["state", "finished_at"])
-    return locked
