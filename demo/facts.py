@@ -73,7 +73,8 @@ def random_facts(rng: random.Random) -> Facts:
 
 def prompts(count: int, seed: int) -> list[str]:
     """`count` different slips, the same ones for the same seed."""
-    rng, seen = random.Random(seed), {}
+    rng = random.Random(seed)
+    seen: dict[str, None] = {}
     while len(seen) < count:
         seen[prompt_text(random_facts(rng))] = None
     return list(seen)

