@@ -15,6 +15,7 @@ from pathlib import Path
 
 import dj_database_url
 from csp.constants import NONCE, NONE, SELF
+from django.templatetags.static import static
 
 from config.environment import (
     EnvironmentRefused,
@@ -208,4 +209,11 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": os.environ.get("RANKLOOP_LOG_LEVEL", "WARNING")},
 }
 
-UNFOLD = {"SITE_TITLE": "Rankloop console", "SITE_HEADER": "Rankloop", "SITE_URL": "/", "SHOW_HISTORY": True}
+UNFOLD = {
+    "SITE_TITLE": "Rankloop console",
+    "SITE_HEADER": "Rankloop",
+    "SITE_URL": "/",
+    "SITE_ICON": lambda request: static("mark.svg"),
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("mark.svg")}],
+    "SHOW_HISTORY": True,
+}

@@ -87,7 +87,7 @@ def load_pretrained(auto_class: Any, name: str | Path, **extra: Any) -> PreTrain
 
 def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a GGUF file are plain float32 once loaded; transformers would still refuse to save them."""
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     for name in ("is_quantized", "quantization_method"):
         if hasattr(model, name):
             setattr(model, name, None if name == "quantization_method" else False)
