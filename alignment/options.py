@@ -47,8 +47,8 @@ class PPOOptions(TrainingOptions):
 
     prompts_per_step: int = 64
     samples_per_prompt: int = 4
-    passes: int = 2  # over the episodes of one step ("PPO epochs")
-    minibatches: int = 2  # optimiser steps in one pass
+    passes: int = 1  # over the episodes of one step ("PPO epochs")
+    minibatches: int = 4  # optimiser steps in one pass
 
     max_completion_tokens: int = 128  # longer completions are cut, and pay `missing_eos_penalty`
     temperature: float = 1.0  # in sampling and in log-probabilities alike
@@ -70,7 +70,7 @@ class PPOOptions(TrainingOptions):
     learning_rate: float = 1e-4
     value_learning_rate: float = 0.0  # 0: as learning_rate
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    warmup_share: float = 0.0
+    warmup_share: float = 0.1  # without it Adam's first steps cost several nats and bring little reward
     adam_epsilon: float = 1e-5
     epochs: float = 1.0  # over the prompts
 

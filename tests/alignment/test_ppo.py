@@ -263,3 +263,30 @@ def test_only_log_probabilities_and_values_are_kept_never_logits(home: Path, tmp
     width = max(len(row.completion_ids) for row in experience.rows)
     for name in ("mask", "logps", "entropies", "reference_logps", "values"):
         assert getattr(experience, name).shape == (16, width)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "lora_rank": 2},
+        {"whiten_rewards": True, "value_clip_range": 0.0, "temperature": 0.7},
+    ],
+    ids=["bfloat16", "checkpointing", "temperature"],
+)
+def test_in_every_form_the_first_ratio_is_one_and_the_first_kl_zero(home: Path, tmp_path: Path, options: dict):
+    """Also in bfloat16, where the log-probabilities of sampling are computed again by the pass that trains."""
+    run = ppo_run(tmp_path / "run", home, max_steps=2, evaluate_steps=0, **options)
+    ppo.run(run)
+    first = events(run, "step")[0]["metrics"]
+    assert first["first_ratio_deviation"] < (0.02 if "dtype" in options else 1e-4)
+    assert first["kl_k1_nats"] == pytest.approx(0, abs=1e-3)
+    assert not events(run, "warning")
+
+
+def test_another_reference_is_where_the_kl_is_measured_from(home: Path, tmp_path: Path):
+    write_models(tmp_path / "other", seed=9)
+    run = ppo_run(tmp_path / "run", home, max_steps=1, evaluate_steps=0)
+    run.config["inputs"]["reference"] = str(tmp_path / "other" / "policy")
+    ppo.run(run)
+    assert events(run, "step")[0]["metrics"]["kl_k3_nats"] > 0.01
