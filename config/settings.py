@@ -213,7 +213,7 @@ UNFOLD = {
     "SITE_TITLE": "Rankloop console",
     "SITE_HEADER": "Rankloop",
     "SITE_URL": "/",
-    "SITE_ICON": lambda request: static("mark.svg"),
-    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("mark.svg")}],
+    "SITE_ICON": lambda _request: static("mark.svg"),
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": lambda _request: static("mark.svg")}],
     "SHOW_HISTORY": True,
 }
