@@ -35,12 +35,7 @@ def run(run_directory: RunDirectory) -> None:
     processes = Processes(options.dtype)
     run_directory.is_writer = processes.is_main
     inputs = run_directory.inputs
-    encoder = Encoder.load(
-        inputs["model"],
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_completion_tokens=options.max_completion_tokens,
-    )
+    encoder = Encoder.of(inputs["model"], options)
     items, counts = read_items(run_directory.data_file(), encoder, options)
     model = load_policy(
         inputs["model"],

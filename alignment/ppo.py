@@ -53,12 +53,7 @@ def run(run_directory: RunDirectory) -> None:
     options = parse_options(PPOOptions, run_directory.options)
     processes = Processes(options.dtype)
     run_directory.is_writer = processes.is_main
-    encoder = Encoder.load(
-        run_directory.inputs["model"],
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_completion_tokens=options.max_completion_tokens,
-    )
+    encoder = Encoder.of(run_directory.inputs["model"], options)
     prompts, watched, counts = read_inputs(run_directory, encoder, options)
     run_directory.event("counts", **counts)
     actors = load_actors(run_directory, encoder, options, processes)
@@ -161,9 +156,7 @@ class PPO:
             [self.prompts[index].prompt_ids for index in chosen], options.samples_per_prompt, seed=self.run.seed, step=step
         )
         if not bool(experience.scores.isfinite().all()):
-            raise TrainingFailed(
-                f"Step {step + 1}: a score is not finite.", remedy="Train the reward model again."
-            )
+            raise TrainingFailed(f"Step {step + 1}: a score is not finite.", remedy="Train the reward model again.")
         aims = targets(experience, options, self.kl_coefficient)
         updating = time.monotonic()
         sums, more = self.updates.update(experience, aims, step)

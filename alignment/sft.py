@@ -25,12 +25,7 @@ def run(run_directory: RunDirectory) -> None:
     options = parse_options(SFTOptions, run_directory.options)
     processes = Processes(options.dtype)
     run_directory.is_writer = processes.is_main
-    encoder = Encoder.load(
-        run_directory.inputs["model"],
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_completion_tokens=options.max_completion_tokens,
-    )
+    encoder = Encoder.of(run_directory.inputs["model"], options)
     train_rows, held_out_rows = _read(run_directory, options)
     train_items, counts = _encode(train_rows, encoder, options)
     held_out_items, held_out_counts = _encode(held_out_rows, encoder, options) if held_out_rows else ([], {})

@@ -32,12 +32,7 @@ def run(run_directory: RunDirectory) -> None:
     options = parse_options(RewardOptions, run_directory.options)
     processes = Processes(options.dtype)
     run_directory.is_writer = processes.is_main
-    encoder = Encoder.load(
-        run_directory.inputs["model"],
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_completion_tokens=options.max_completion_tokens,
-    )
+    encoder = Encoder.of(run_directory.inputs["model"], options)
     data = run_directory.data_file()
     items, counts = read_items(data, encoder, options)
     objective_counts = {**counts, "boundary_moves": encoder.boundary_moves}

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from training.errors import InputError
+from training.options import TrainingOptions
 from training.rundir import write_atomically
 
 ENCODER_FILE = "rankloop_encoder.json"
@@ -115,6 +116,16 @@ class Encoder:
                 remedy=f"Put the original tokenizer files back, or delete {ENCODER_FILE} if the change is meant.",
             )
         return encoder
+
+    @classmethod
+    def of(cls, folder: str | Path, options: TrainingOptions) -> Self:
+        """As `load`, with a trainer's template and limits."""
+        return cls.load(
+            folder,
+            template=options.template,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_completion_tokens=options.max_completion_tokens,
+        )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens up to where the completion begins, with at most one BOS. Raises TooLong over `max_prompt_tokens`."""
