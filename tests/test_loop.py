@@ -60,7 +60,7 @@ def test_rankings_become_a_policy_whose_completions_are_ranked(stand: Stand):
     assert json.loads(stand.python(RATE))["done"] >= 32
 
     words = ("align", "round", "say", "--model", str(start), "--methods", "dpo", "--prompts", "6", "--samples", "4")
-    answer = stand.answer(*words, *SMALL, "--wait", "--json", timeout=280)
+    answer = stand.answer(*words, *SMALL, "--wait", "--json", timeout=500)
 
     assert answer["state"] == "succeeded"
     assert {job["method"] for job in answer["jobs"]} == {"reward", "dpo", "generate", "evaluate"}

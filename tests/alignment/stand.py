@@ -57,17 +57,17 @@ class Stand:
             self.env["DATABASE_URL"] = database_url
         self.started: list[subprocess.Popen[str]] = []
 
-    def run(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "manage.py", *words]
         return subprocess.run(command, cwd=BASE, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
 
-    def answer(self, *words: str, code: int = 0, timeout: float = 120) -> dict[str, Any]:
+    def answer(self, *words: str, code: int = 0, timeout: float = 300) -> dict[str, Any]:
         """The one JSON document that a command printed."""
         done = self.run(*words, timeout=timeout)
         assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout)
 
-    def python(self, code: str, *, timeout: float = 120) -> str:
+    def python(self, code: str, *, timeout: float = 300) -> str:
         command = [sys.executable, "-c", f"import django; django.setup()\n{code}"]
         environment = {**self.env, "DJANGO_SETTINGS_MODULE": "config.settings"}
         done = subprocess.run(command, cwd=BASE, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

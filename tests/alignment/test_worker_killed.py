@@ -48,7 +48,7 @@ def test_a_worker_killed_in_the_middle_of_ppo_loses_nothing(stand: Stand):
     stand.answer(*words, *(f"--set={option}" for option in options))
     folder = stand.var / "runs/ppo"
     worker = stand.start("worker", "--poll-seconds", "0.2", "--lease-seconds", "1")
-    wait_until(lambda: list((folder / "checkpoints").glob("step-*")), 90, "a checkpoint of PPO")
+    wait_until(lambda: list((folder / "checkpoints").glob("step-*")), 180, "a checkpoint of PPO")
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
     assert holders(folder), "the child of the killed worker is still at work"
