@@ -10,7 +10,7 @@ from annotation.services.projects import project_create
 from annotation.services.prompts import prompts_add
 
 FILE = Path(__file__).parent / "chat.jsonl"
-SLUG = "chat"
+SLUG, NAME = "chat", "Chat: everyday questions"
 HELD_OUT_PERCENT = 25
 GUIDELINES = """\
 The outputs were written by a small language model, so none of them is perfect. **Put first what you would rather have received.**
@@ -28,11 +28,14 @@ def chat_items() -> list[dict[str, Any]]:
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
-def chat_project(slug: str = SLUG) -> Project:
-    """The project with its prompts, made once."""
-    project = Project.objects.filter(slug=slug).first() or project_create(
-        slug=slug, name="Chat: everyday questions", guidelines=GUIDELINES, overlap=3, held_out_percent=HELD_OUT_PERCENT
-    )
+def chat_project() -> Project:
+    """The project with its prompts, made once. Somebody's own project `chat` is left alone: then ours is `chat-2`."""
+    project = Project.objects.filter(name=NAME, slug__startswith=SLUG).order_by("id").first()
+    if project is None:
+        number = 1
+        while Project.objects.filter(slug=(slug := SLUG if number == 1 else f"{SLUG}-{number}")).exists():
+            number += 1
+        project = project_create(slug=slug, name=NAME, guidelines=GUIDELINES, overlap=3, held_out_percent=HELD_OUT_PERCENT)
     prompts_add(project=project, items=chat_items())
     return project
 

@@ -119,12 +119,12 @@ def run_python(code: str, *arguments: object) -> None:
         raise Refused("demo_child_failed", f"A step of the demo failed: {done.stderr.strip()[-1500:]}")
 
 
-def job_stage(stage: str, state: State, display: Display, jobs: list[Job], *, slots: int = 1) -> list[Job]:
-    """Run the jobs of one stage, `slots` at a time; the children inherit how many cores each may use."""
+def job_stage(stage: str, state: State, display: Display, jobs: list[Job], *, slots: int = 1, threads: int = 2) -> list[Job]:
+    """Run the jobs of one stage, `slots` at a time, each with at most so many threads: matrices as small as the demo's gain nothing by more."""
     display.begin(stage)
     before = os.environ.get("OMP_NUM_THREADS")
     if before is None:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // slots))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, min(threads, cores() // slots)))
     try:
         rows = jobs_run(jobs, display, slots=slots, weights=JOB_WEIGHTS)
     finally:

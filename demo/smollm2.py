@@ -20,7 +20,7 @@ from annotation.models import Lease, Project
 from demo.chat import chat_project, chat_utility
 from demo.display import Display
 from demo.measure import mean_with_interval, wins
-from demo.pipeline import job_stage, run_python
+from demo.pipeline import cores, job_stage, run_python
 from demo.raters import CHARACTERS, rank_open_prompts, raters_make
 from demo.report import read_lines
 from demo.state import State, demo_folder
@@ -102,7 +102,7 @@ def run_smollm2(console: Console, sizes: SmolSizes | None = None, *, source: Pat
         _rank(project, sizes, display)
         found = None if fresh else project.rounds.filter(methods=list(sizes.methods), settings__start=str(folder)).first()
         made = found or _round(project, folder, sizes)
-        job_stage("learn", state, display, list(made.jobs.order_by("id")))
+        job_stage("learn", state, display, list(made.jobs.order_by("id")), threads=cores())
     _show(made, console)
     return project
 

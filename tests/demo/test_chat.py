@@ -5,6 +5,7 @@ import json
 import pytest
 
 from annotation.models import Completion, Lease, Prompt
+from annotation.services.projects import project_create
 from demo.chat import FILE, chat_items, chat_project, chat_utility
 
 
@@ -38,6 +39,13 @@ def test_the_project_opens_every_prompt_to_raters_and_a_second_call_adds_nothing
     assert project.prompts.filter(split="held_out").count() >= 5
     chat_project()
     assert counts == (Prompt.objects.count(), Completion.objects.count(), Lease.objects.filter(state="free").count())
+
+
+@pytest.mark.django_db
+def test_a_project_of_the_same_name_that_is_somebody_s_own_is_left_alone() -> None:
+    own = project_create(slug="chat", name="Our own chats")
+    assert chat_project().slug == chat_project().slug == "chat-2"
+    assert not own.prompts.exists()
 
 
 def test_simulated_taste_prefers_finished_on_length_and_unrepetitive_text() -> None:

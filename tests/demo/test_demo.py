@@ -56,13 +56,13 @@ def test_a_demo_that_was_stopped_goes_on_and_a_second_one_is_quick(tmp_path: Pat
         if line.startswith("[5/6]"):
             child.send_signal(signal.SIGTERM)
             break
-    _, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=240)
     assert child.returncode == 130, errors
     assert "goes on from here" in errors
     assert not (tmp_path / "demo" / "report.json").exists()
 
     child = start(tmp_path, "--miniature")
-    told, errors = child.communicate(timeout=400)
+    told, errors = child.communicate(timeout=600)
     assert child.returncode == 0, errors
     report = check_report(tmp_path, told)
     check_people(tmp_path)
