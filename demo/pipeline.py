@@ -120,7 +120,7 @@ def run_python(code: str, *arguments: object) -> None:
 
 
 def job_stage(stage: str, state: State, display: Display, jobs: list[Job], *, slots: int = 1, threads: int = 2) -> list[Job]:
-    """Run the jobs of one stage, `slots` at a time, with at most so many threads each: matrices as small as the demo's gain nothing by more."""
+    """Run the jobs of one stage, `slots` at a time, at most so many threads each: matrices as small as the demo's gain nothing by more."""
     display.begin(stage)
     before = os.environ.get("OMP_NUM_THREADS")
     if before is None:
