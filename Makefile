@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SERVE ?= 1
 MODEL ?=
+TEST_PROCESSES ?= 2
 PG_URL ?= postgres://$(shell id -un)@127.0.0.1:5432/postgres
 TEST_REDIS_URL ?= redis://127.0.0.1:6379/9
 
@@ -51,7 +52,7 @@ chromium:
 	@RANKLOOP_CHROMIUM="$(RANKLOOP_CHROMIUM)" sh tests/browser/ensure_chromium.sh
 
 test: $(VENV)/.dev chromium  ## every test, on SQLite and, where they answer, on PostgreSQL and Redis
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 	@if $(BIN)/python -c 'import psycopg, sys; psycopg.connect("$(PG_URL)", connect_timeout=3)' 2>/dev/null \
 	  && $(BIN)/python -c 'import redis; redis.Redis.from_url("$(TEST_REDIS_URL)", socket_connect_timeout=3).ping()' 2>/dev/null; then \
 	  echo "Once more on PostgreSQL and Redis"; \
