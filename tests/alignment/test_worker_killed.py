@@ -14,7 +14,7 @@ from tests.alignment.stand import WORDS, Stand, stand, wait_until, write_tiny_mo
 
 __all__ = ["stand"]
 pytestmark = pytest.mark.training
-STEPS = 60
+STEPS = 240  # enough that the child is still at work when the second worker has started, also on an idle machine
 
 
 def write_rankings(path: Path) -> Path:
