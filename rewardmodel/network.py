@@ -67,16 +67,17 @@ def scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.long() * places).argmax(-1)
     states = hidden_states(unwrap(model).base_model, input_ids, attention_mask)
-    return _head(model, states[torch.arange(len(last), device=last.device), last])
+    return head_scores(model, states[torch.arange(len(last), device=last.device), last])
 
 
 def token_values(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Score read at each token, (B, T) float32, 0 on padding: what PPO's value model starts from."""
     states = hidden_states(unwrap(model).base_model, input_ids, attention_mask)
-    return _head(model, states) * attention_mask
+    return head_scores(model, states) * attention_mask
 
 
-def _head(model: Any, states: Tensor) -> Tensor:
+def head_scores(model: Any, states: Tensor) -> Tensor:
+    """(..., H) states of the backbone -> (...) float32 scores."""
     with torch.autocast(states.device.type, enabled=False):
         head: Any = unwrap(model).score
         return head(states.float())[..., 0].float()

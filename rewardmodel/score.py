@@ -9,12 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rewardmodel.network import load_reward_model, scores
+from rewardmodel.network import head_scores, load_reward_model
 from training.encode import Encoder, Message
 from training.errors import InputError
 from training.options import parse_options
-from training.pack import Padded, Row
-from training.row_logps import in_groups
+from training.pack import Row
+from training.row_logps import row_last_states
 
 REWARD_FILE = "rankloop_reward.json"
 REWARD_FORMAT = "rankloop.reward/1"
@@ -80,9 +80,5 @@ class Scorer:
 
 
 def row_scores(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
-    """(B,) float32 score of each row, in groups of near length. Keeps gradients."""
-
-    def compute(padded: Padded) -> Tensor:
-        return scores(model, padded.input_ids, padded.attention_mask)
-
-    return in_groups(rows, pad_id, device=device, budget=budget, compute=compute)
+    """(B,) float32 score of each row, read at its last token. Keeps gradients."""
+    return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=budget))
