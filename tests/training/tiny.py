@@ -11,7 +11,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from training.encode import ENCODER_FILE, Encoder
 from training.language_model import save_model
@@ -63,6 +76,47 @@ def qwen2(folder: Path, *, seed: int = 0) -> Path:
     return _save(Qwen2ForCausalLM, config, tokenizer, folder, seed)
 
 
+def mistral(folder: Path, *, seed: int = 0) -> Path:
+    """Every layer sees the last 8 tokens only."""
+    return _grouped(MistralForCausalLM, MistralConfig, folder, seed, sliding_window=8)
+
+
+def gemma2(folder: Path, *, seed: int = 0) -> Path:
+    """One layer sees the last 8 tokens, the next all; logits and attention are capped, and attention hard enough to be noticed."""
+    caps = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0}
+    return _grouped(Gemma2ForCausalLM, Gemma2Config, folder, seed, **_GEMMA, **caps)
+
+
+def gemma3(folder: Path, *, seed: int = 0) -> Path:
+    """One layer sees the last 8 tokens, the next all, each with rotary positions of its own."""
+    return _grouped(Gemma3ForCausalLM, Gemma3TextConfig, folder, seed, **_GEMMA)
+
+
+_GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "initializer_range": 0.2,
+}
+
+
+def _grouped(kind: Any, config: Any, folder: Path, seed: int, **options: Any) -> Path:
+    tokenizer = make_tokenizer(texts(), vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    return _save(kind, config(**sizes, **ids, max_position_embeddings=256, **options), tokenizer, folder, seed)
+
+
+def mamba(folder: Path, *, seed: int = 0) -> Path:
+    """A state-space model: no attention, no positions."""
+    tokenizer = make_tokenizer(texts(), vocab_size=300)
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, state_size=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=0, pad_token_id=1
+    )
+    return _save(MambaForCausalLM, config, tokenizer, folder, seed)
+
+
 def _save(kind: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     save_model(kind(config), Encoder(tokenizer, template="plain"), folder)
@@ -73,6 +127,7 @@ def _save(kind: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> Pa
 
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "qwen2": qwen2}
+ALL_FAMILIES = {**FAMILIES, "mistral": mistral, "gemma2": gemma2, "gemma3": gemma3, "mamba": mamba}
 
 
 def user(text: str) -> list[dict[str, str]]:
