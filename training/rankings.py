@@ -26,6 +26,7 @@ class RaterRanking:
     rater: str = ""
     weight: float = 1.0
     uid: str = ""
+    displayed: tuple[int, ...] = ()  # the order on the rater's screen; empty where it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,11 @@ def read_rankings(path: str | Path, *, digest: str | None = None, split: str | N
             texts = [completion["text"] for completion in row["completions"]]
             prompt = RankedPrompt(row["key"], row["prompt"], row["split"], _messages(row["messages"]), texts)
             said = RaterRanking(
-                _bands(row["bands"], len(texts)), str(row.get("rater", "")), float(row.get("weight", 1.0)), str(row.get("ranking", ""))
+                _bands(row["bands"], len(texts)),
+                str(row.get("rater", "")),
+                float(row.get("weight", 1.0)),
+                str(row.get("ranking", "")),
+                displayed=_displayed(row.get("displayed"), len(texts)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise _bad_line(path, number, "a ranking", error) from error
@@ -240,4 +245,12 @@ def _bands(value: Any, size: int) -> Bands:
 
 def _keep(ranking: RaterRanking, kept: dict[int, int]) -> RaterRanking:
     bands = tuple(tuple(kept[index] for index in band if index in kept) for band in ranking.bands)
-    return RaterRanking(tuple(band for band in bands if band), ranking.rater, ranking.weight, ranking.uid)
+    displayed = tuple(kept[index] for index in ranking.displayed if index in kept)
+    return RaterRanking(tuple(band for band in bands if band), ranking.rater, ranking.weight, ranking.uid, displayed=displayed)
+
+
+def _displayed(value: Any, size: int) -> tuple[int, ...]:
+    shown = tuple(int(index) for index in value or ())
+    if len(set(shown)) != len(shown) or any(not 0 <= index < size for index in shown):
+        raise ValueError(f"displayed {value} does not name each of {size} completions at most once")
+    return shown
