@@ -16,6 +16,8 @@ class RewardOptions(TrainingOptions):
     ties: Literal["davidson", "half", "drop"] = "davidson"
     tie_learning_rate: float = 0.01  # of Davidson's tie parameter, which starts from the share of ties
     centring: float = 0.0  # weight of (mean of a pair's scores)^2: keeps scores near 0
+    ensemble_size: int = 1  # members: their mean is the score, their spread says how far to trust it
+    ensemble: Literal["heads", "adapters"] = "heads"  # each a head over one backbone, or a LoRA adapter and a head
     bootstrap_samples: int = 1000  # for the interval of the held-out accuracy
 
     def __post_init__(self) -> None:
@@ -24,3 +26,5 @@ class RewardOptions(TrainingOptions):
         require(self.tie_learning_rate > 0, "tie_learning_rate must be positive.")
         require(self.centring >= 0, "centring must not be negative.")
         require(self.bootstrap_samples >= 100, "bootstrap_samples must be at least 100.")
+        require(self.ensemble_size >= 1, "ensemble_size must be at least 1.")
+        require(self.ensemble == "heads" or self.ensemble_size == 1 or self.lora_rank >= 1, "ensemble = 'adapters' needs lora_rank.")

@@ -9,9 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rewardmodel.ensemble import Views, views
 from rewardmodel.network import head_scores, load_reward_model
 from training.encode import Encoder, Message
 from training.errors import InputError
+from training.language_model import unwrap
 from training.options import parse_options
 from training.pack import Row
 from training.row_logps import row_last_states
@@ -22,11 +24,11 @@ REWARD_FORMAT = "rankloop.reward/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardNotes:
-    """What a reward model's folder says about itself (`rankloop_reward.json`)."""
+    """What a reward model's folder says about itself (`rankloop_reward.json`). `mean` and `scale` are one number, or one a member."""
 
     format: str = REWARD_FORMAT
-    mean: float = 0.0  # of the scores of training completions
-    scale: float = 1.0  # their standard deviation
+    mean: float | tuple[float, ...] = 0.0  # of the scores of training completions
+    scale: float | tuple[float, ...] = 1.0  # their standard deviation
     ties: str = "drop"
     nu: float = 0.0  # Davidson's tie parameter; 0: the model knows no ties
     encoder_digest: str = ""
@@ -34,6 +36,25 @@ class RewardNotes:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """By member."""
+        return self.mean if isinstance(self.mean, tuple) else (self.mean,)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+
+def normalisation(scores: Tensor) -> dict[str, float | tuple[float, ...]]:
+    """`mean` and `scale` for the notes: one number for one member, else one each.
+
+    Args:    scores (N, M) of training completions."""
+    means, scales = scores.double().mean(0).tolist(), scores.double().std(0).clamp(min=1e-6).tolist()
+    if len(means) == 1:
+        return {"mean": means[0], "scale": scales[0]}
+    return {"mean": tuple(means), "scale": tuple(scales)}
 
 
 def read_notes(folder: str | Path) -> RewardNotes:
@@ -63,22 +84,46 @@ class Scorer:
         if notes.encoder_digest and notes.encoder_digest != encoder.digest:
             raise InputError(f"{folder}: the encoder is not the one of {REWARD_FILE}.", remedy="Put the folder's files back as they were.")
         model = load_reward_model(folder, device=device).eval().requires_grad_(False)
+        members = unwrap(model).config.num_labels
+        if not len(notes.means) == len(notes.scales) == members:
+            raise InputError(
+                f"{folder}: {REWARD_FILE} normalises {len(notes.means)} members, the model has {members}.",
+                remedy="Put the folder's files back as they were.",
+            )
         return cls(model, encoder, notes, device=torch.device(device), budget=tokens_per_batch)
 
+    @property
+    def members(self) -> int:
+        return len(self.notes.means)
+
     def score(self, answers: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
-        """Normalised score of each (messages, completion text); higher is better."""
-        rows = [Row(self.encoder.prompt_ids(messages), self.encoder.completion_ids(text)) for messages, text in answers]
-        return self.normalise(self.raw_scores(rows)).tolist()
+        """Normalised score of each (messages, completion text), the mean over members; higher is better."""
+        return self.views(self.raw_scores(self.rows(answers))).mean.tolist()
+
+    def rows(self, answers: Sequence[tuple[Sequence[Message], str]]) -> list[Row]:
+        """(messages, completion text) as a person reads it: a special token that a policy spelt out, letter by letter, is no text."""
+        special = self.encoder.tokenizer.all_special_tokens
+        rows = []
+        for messages, text in answers:
+            for token in special:
+                text = text.replace(token, "")  # noqa: PLW2901
+            rows.append(Row(self.encoder.prompt_ids(messages), self.encoder.completion_ids(text)))
+        return rows
 
     def raw_scores(self, rows: Sequence[Row]) -> Tensor:
-        """(B,) float32 scores of encoded rows (completions end in EOS), before normalisation, without gradients."""
+        """(B, M) float32 scores of encoded rows (completions end in EOS) by each member, before normalisation, without gradients."""
         with torch.no_grad():
             return row_scores(self.model, rows, self.encoder.pad_id, device=self.device, budget=self.budget).cpu()
 
     def normalise(self, raw: Tensor) -> Tensor:
-        return (raw - self.notes.mean) / self.notes.scale
+        """(..., M) scores -> the same, each member at mean 0 and standard deviation 1 on the training completions."""
+        return (raw - torch.tensor(self.notes.means)) / torch.tensor(self.notes.scales)
+
+    def views(self, raw: Tensor) -> Views:
+        """What the members say together of (B, M) scores: mean, spread and worst, in normalised reward."""
+        return views(self.normalise(raw))
 
 
 def row_scores(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
-    """(B,) float32 score of each row, read at its last token. Keeps gradients."""
+    """(B, M) float32 score of each row by each member, read at its last token. Keeps gradients."""
     return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=budget))

@@ -42,7 +42,7 @@ def test_a_folder_that_is_no_reward_model_cannot_score(tmp_path):
 def test_a_new_head_holds_all_equal(family):
     folder, encoder = family
     padded = pad_rows(rows_of(encoder), encoder.pad_id)
-    assert scores(load_reward_model(folder), padded.input_ids, padded.attention_mask).tolist() == [0.0] * 5
+    assert scores(load_reward_model(folder), padded.input_ids, padded.attention_mask).tolist() == [[0.0]] * 5
 
 
 def test_a_score_is_read_at_the_last_real_token_and_padding_changes_nothing(family):
@@ -51,7 +51,8 @@ def test_a_score_is_read_at_the_last_real_token_and_padding_changes_nothing(fami
     rows = rows_of(encoder)
     alone = torch.cat([scores(model, *(torch.tensor([ids]) for ids in ([*r.prompt_ids, *r.completion_ids], [1] * len(r)))) for r in rows])
     assert alone.dtype == torch.float32
-    assert len(set(alone.tolist())) == 5
+    assert alone.shape == (5, 1)
+    assert len(set(alone[:, 0].tolist())) == 5
     for pad_id in (encoder.pad_id, encoder.end_id, 7):
         padded = pad_rows(rows, pad_id)
         torch.testing.assert_close(scores(model, padded.input_ids, padded.attention_mask), alone, atol=1e-5, rtol=1e-5)
@@ -70,7 +71,7 @@ def test_the_value_of_the_last_token_is_the_score(family):
     values = token_values(model, padded.input_ids, padded.attention_mask)
     last = padded.attention_mask.sum(-1) - 1
     assert values.shape == padded.input_ids.shape
-    torch.testing.assert_close(values[torch.arange(5), last], scores(model, padded.input_ids, padded.attention_mask))
+    torch.testing.assert_close(values[torch.arange(5), last], scores(model, padded.input_ids, padded.attention_mask)[:, 0])
     assert not values[padded.attention_mask == 0].any()
 
 
@@ -89,12 +90,12 @@ def test_a_saved_reward_model_keeps_its_head_here_and_in_plain_transformers(fami
     torch.testing.assert_close(scorer.raw_scores(rows), expected, atol=1e-5, rtol=1e-5)
     lines = texts(10)
     answers = [(user(lines[2 * n]), lines[2 * n + 1]) for n in range(5)]
-    assert scorer.score(answers) == pytest.approx(((expected - 0.5) / 2.0).tolist(), abs=1e-4)
+    assert scorer.score(answers) == pytest.approx(((expected[:, 0] - 0.5) / 2.0).tolist(), abs=1e-4)
     assert scorer.score([]) == []
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     padded = pad_rows(rows, encoder.pad_id)
     with torch.no_grad():
-        theirs = plain(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, 0]
+        theirs = plain(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -110,7 +111,7 @@ def test_where_padding_is_the_end_token_plain_transformers_still_scores_one_text
     save_model(model, encoder, tmp_path / "saved")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
-        theirs = plain(input_ids=torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[:, 0]
+        theirs = plain(input_ids=torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,188 @@
+"""M low-rank adapters over one frozen backbone, read in one forward pass.
+
+Each row enters the backbone M times, one block of rows a member; a `MemberLora` layer adds each block its own member's matrices; and the M
+states of a token leave side by side, (B, T, M x H). To whoever calls the backbone it is a model with longer states, so packing and
+recomputing activations go on as with one model. peft can choose an adapter for each row too, but by hooks that are gone when activations
+are recomputed in the backward pass: it would then train the wrong member.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from training.errors import InputError
+from training.language_model import Lora
+
+ADAPTERS = "adapter"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class MemberLora(nn.Module):
+    """A frozen linear layer and M low-rank additions: block m of the rows gets W x + (alpha / r) B_m A_m x.
+
+    Shapes:  A (M, r, in), B (M, out, r); B starts at zero, so that every member starts as the backbone.
+    Source:  Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    def __init__(self, layer: nn.Module, members: int, lora: Lora, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = lora.alpha / lora.rank
+        inside, outside = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        bound = 1 / math.sqrt(inside)  # type: ignore[arg-type]
+        start = torch.empty(members, lora.rank, inside).uniform_(-bound, bound, generator=generator)  # type: ignore[call-overload]
+        self.lora_a = nn.Parameter(start)
+        self.lora_b = nn.Parameter(torch.zeros(members, outside, lora.rank))  # type: ignore[call-overload]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(M x B, ..., in) -> (M x B, ..., out), member by member."""
+        plain = self.layer(states)
+        blocks = states.reshape(len(self.lora_a), -1, states.shape[-1])
+        added = torch.bmm(torch.bmm(blocks, self.lora_a.transpose(1, 2)), self.lora_b.transpose(1, 2))
+        return plain + self.scale * added.reshape(plain.shape)
+
+    @torch.no_grad()
+    def merged(self, member: int) -> nn.Module:
+        """The layer inside, changed to be this member alone."""
+        change = self.scale * self.lora_b[member] @ self.lora_a[member]
+        weight: Any = self.layer.weight
+        weight.add_(change.T if isinstance(self.layer, Conv1D) else change)
+        return self.layer
+
+
+class AdapterEnsemble(nn.Module):
+    """A reward model of M heads, head m over the states of member m.
+
+    It answers to the names that peft's wrapper has (`get_base_model`, `save_pretrained`, `merge_and_unload`), so that a model is saved the same
+    way whoever put the adapters in. Its folder is the backbone with all M heads, and `adapter/member-<m>/`, each a peft adapter.
+    """
+
+    def __init__(self, model: PreTrainedModel, members: int, lora: Lora, *, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.members = members
+        self.lora = lora
+        model.requires_grad_(False)
+        model.score.requires_grad_(True)
+        generator = torch.Generator().manual_seed(seed)
+        self.names = _targets(model, lora)
+        for name in self.names:
+            _put(model, name, MemberLora(model.get_submodule(name), members, lora, generator))
+        backbone = model.base_model
+        backbone.register_forward_pre_hook(partial(_repeat, members), with_kwargs=True)
+        backbone.register_forward_hook(partial(_side_by_side, members))
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, folder: Path) -> "AdapterEnsemble":
+        """The adapters of a saved ensemble, put back onto its backbone; ranks and targets are the folder's."""
+        from peft import LoraConfig  # here, because loading it takes as long as torch does, and most runs need none
+
+        places = sorted(folder.glob("member-*"), key=lambda place: int(place.name.removeprefix("member-")))
+        config = LoraConfig.from_pretrained(str(places[0]))
+        ensemble = cls(model, len(places), Lora(config.r, float(config.lora_alpha), tuple(config.target_modules or ())))
+        for member, place in enumerate(places):
+            try:
+                ensemble._read(member, load_file(place / WEIGHTS))
+            except (OSError, KeyError, RuntimeError) as error:
+                raise InputError(f"{place} is not an adapter of this model: {error}", remedy="Put the folder's files back.") from error
+        return ensemble
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.model
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """`member-<m>/` for each member: `adapter_config.json` and `adapter_model.safetensors`, as peft reads them."""
+        from peft import LoraConfig
+
+        for member in range(self.members):
+            place = Path(folder) / f"member-{member}"
+            LoraConfig(
+                r=self.lora.rank,
+                lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
+                lora_dropout=0.0,
+                target_modules=list(self.names),
+                fan_in_fan_out=any(isinstance(layer.layer, Conv1D) for layer in self._layers().values()),
+                inference_mode=True,
+            ).save_pretrained(str(place))
+            tensors = {}
+            for name, layer in self._layers().items():
+                tensors[_key(name, "A")] = layer.lora_a[member].detach().cpu().clone()
+                tensors[_key(name, "B")] = layer.lora_b[member].detach().cpu().clone()
+            save_file(tensors, place / WEIGHTS)
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """The backbone and the heads, without adapters: M of them cannot be merged into one backbone, so they stay beside it."""
+        return self._taken_out(lambda layer: layer.layer)
+
+    def member(self, member: int) -> PreTrainedModel:
+        """The model of one member, its adapter merged, everything trained; all M heads are still there. This ensemble is spent."""
+        return self._taken_out(lambda layer: layer.merged(member)).requires_grad_(True)
+
+    def _layers(self) -> dict[str, MemberLora]:
+        return {name: self.model.get_submodule(name) for name in self.names}  # type: ignore[misc]
+
+    def _taken_out(self, replacement: Any) -> PreTrainedModel:
+        for name, layer in self._layers().items():
+            _put(self.model, name, replacement(layer))
+        self.model.base_model._forward_pre_hooks.clear()
+        self.model.base_model._forward_pre_hooks_with_kwargs.clear()
+        self.model.base_model._forward_hooks.clear()
+        return self.model
+
+    @torch.no_grad()
+    def _read(self, member: int, tensors: dict[str, Tensor]) -> None:
+        for name, layer in self._layers().items():
+            layer.lora_a[member].copy_(tensors[_key(name, "A")])
+            layer.lora_b[member].copy_(tensors[_key(name, "B")])
+
+
+def _key(name: str, matrix: str) -> str:
+    return f"base_model.model.{name}.lora_{matrix}.weight"
+
+
+def _targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """Full names of the layers that get adapters: all linear ones of the backbone, or those whose name ends as asked.
+
+    Raises:  InputError if a target names no linear layer."""
+    linear = [
+        f"{model.base_model_prefix}.{name}"
+        for name, layer in model.base_model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+    ]
+    if lora.targets == ("all-linear",):
+        return linear
+    found = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in lora.targets)]
+    if not found:
+        raise InputError(f"lora_targets {lora.targets} name no linear layer.", remedy="Use all-linear, or names such as q_proj.")
+    return found
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _repeat(members: int, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Every row M times, the whole batch for member 0 first."""
+    rows = len(kwargs["input_ids"])
+
+    def tiled(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+            return value.repeat(members, *[1] * (value.ndim - 1))
+        return value
+
+    return tuple(map(tiled, args)), {name: tiled(value) for name, value in kwargs.items()}
+
+
+def _side_by_side(members: int, backbone: nn.Module, args: Any, output: Any) -> Any:
+    """States (M x B, T, H) -> (B, T, M x H)."""
+    states = output.last_hidden_state
+    output.last_hidden_state = states.unflatten(0, (members, -1)).movedim(0, -2).flatten(-2)
+    return output
