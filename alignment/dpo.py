@@ -19,6 +19,7 @@ from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import Lora, load_policy
 from training.loop import Training, train
+from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row, gather_rows
 from training.processes import Processes, Sums
@@ -72,6 +73,8 @@ class Preferences:
         self.items, self.held_out = items["train"], items["held_out"]
         self.reference_logps = reference_logps
         self.targets = [pair_weights(item.rankings, item.size, ties="drop") for item in self.items]
+        self.keys = [item.key for item in self.items]
+        self.budget = options.tokens_per_micro_batch
         self.weights = [target.weight for target in self.targets]
         self.costs = [item.tokens for item in self.items]
         self.pairs = sum(target.pairs for target in self.targets)
@@ -147,8 +150,15 @@ class Preferences:
     def notes(self) -> dict[str, Any]:
         return {}
 
+    def load(self, folder: Path, device: torch.device) -> Any:
+        return load_policy(folder, device=device)
+
+    def probe(self, model: Any) -> Tensor:
+        with torch.no_grad():
+            return row_logps(model, gather_rows(self.items[:2])[0][:PROBED_ROWS], self.pad_id, device=model.device, budget=self.budget)
+
     def _logps(self, rows: Sequence[Row]) -> Tensor:
-        return row_logps(self.model, rows, self.pad_id, device=self.processes.device, budget=self.options.tokens_per_micro_batch)
+        return row_logps(self.model, rows, self.pad_id, device=self.processes.device, budget=self.budget)
 
 
 def _fill(values: Sequence[Tensor], size: int) -> Tensor:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignment.options import SFTOptions
@@ -12,6 +14,7 @@ from training.encode import Encoder, Message
 from training.language_model import Lora, load_policy
 from training.ledger import Ledger
 from training.loop import Training, train
+from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row
 from training.processes import Processes, Sums
@@ -59,6 +62,7 @@ class Demonstrations:
         self.pad_id = encoder.pad_id
         self.processes = processes
         self.budget = options.tokens_per_micro_batch
+        self.keys = [item.key for item in items]
         self.rows = [Row(item.prompt_ids, item.completion_ids) for item in items]
         self.held_out = [Row(item.prompt_ids, item.completion_ids) for item in held_out[: options.max_held_out_rows]]
         self.weights = [1.0] * len(items)
@@ -82,6 +86,13 @@ class Demonstrations:
 
     def notes(self) -> dict[str, Any]:
         return {}
+
+    def load(self, folder: Path, device: torch.device) -> Any:
+        return load_policy(folder, device=device)
+
+    def probe(self, model: Any) -> Tensor:
+        with torch.no_grad():
+            return row_logps(model, self.rows[:PROBED_ROWS], self.pad_id, device=model.device, budget=self.budget)
 
     def _logps(self, rows: Sequence[Row]) -> Tensor:
         return row_logps(self.model, rows, self.pad_id, device=self.processes.device, budget=self.budget)

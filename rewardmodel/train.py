@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from training.encode import Encoder
 from training.language_model import Lora
 from training.ledger import Ledger
 from training.loop import Training, train
+from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row, gather_rows
 from training.processes import Processes, Sums
@@ -83,6 +85,8 @@ class Scores:
         self.items = items["train"]
         self.held_out = items["held_out"]
         self.targets = [pair_weights(item.rankings, item.size, ties=options.ties) for item in self.items]
+        self.keys = [item.key for item in self.items]
+        self.budget = options.tokens_per_micro_batch
         self.weights = [target.weight for target in self.targets]
         self.costs = [item.tokens for item in self.items]
         self.pairs = sum(target.pairs for target in self.targets)
@@ -168,8 +172,16 @@ class Scores:
         )
         return {REWARD_FILE: notes.as_json()}
 
+    def load(self, folder: Path, device: torch.device) -> Any:
+        return load_reward_model(folder, device=device)
+
+    def probe(self, model: Any) -> Tensor:
+        rows = gather_rows(self.items[:2])[0][:PROBED_ROWS]
+        with torch.no_grad():
+            return row_scores(model, rows, self.encoder.pad_id, device=next(model.parameters()).device, budget=self.budget)
+
     def _scores(self, rows: Sequence[Row]) -> Tensor:
-        return row_scores(self.model, rows, self.encoder.pad_id, device=self.processes.device, budget=self.options.tokens_per_micro_batch)
+        return row_scores(self.model, rows, self.encoder.pad_id, device=self.processes.device, budget=self.budget)
 
 
 def _rows_of(items: Sequence[EncodedRanking]) -> tuple[list[Row], list[Tensor]]:

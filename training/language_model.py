@@ -139,6 +139,11 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether the frozen weights under the adapters are kept in 4 or 8 bits (QLoRA)."""
+    return getattr(unwrap(model), "hf_quantizer", None) is not None
+
+
 def unwrap(model: Any) -> PreTrainedModel:
     """The Hugging Face model inside (LoRA layers stay in place and stay active)."""
     return model.get_base_model() if is_adapted(model) else model
@@ -215,6 +220,11 @@ def completion_statistics(
     if entropies is None:
         return filled, None
     return filled, torch.zeros(shape, dtype=torch.float32, device=logps.device).index_put((rows, places + 1), entropies)
+
+
+def state_logps(head: "Head", states: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float32: log-probability in nats of each target token, given the states (N, H) that predict them, a chunk of logits at a time."""
+    return _in_chunks(head, states, targets, 1.0, False)[0]
 
 
 def _in_chunks(head: "Head", states: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:

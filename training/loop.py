@@ -3,10 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
-
+from training.artefact import verify_saved
 from training.checkpoint import (
     State,
     load_optimiser_state,
@@ -19,42 +18,16 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.encode import Encoder
-from training.errors import InputError, Stopped
+from training.errors import InputError, Stopped, TrainingFailed
+from training.gradients import Gradients
 from training.language_model import save_model
+from training.objective import Objective
 from training.optimiser import Optimiser, Update
 from training.options import TrainingOptions
-from training.pack import epoch_batches, micro_batches
+from training.pack import epoch_batches
 from training.processes import Processes, Sums, add_sums
 from training.progress import Progress, stop_requested
 from training.rundir import RunDirectory, file_digest
-
-
-class Objective(Protocol):
-    """What a method adds to the loop. Items are known by index; each process knows all of them."""
-
-    @property
-    def weights(self) -> Sequence[float]:
-        """How much of a batch each item is: its rankings, or 1."""
-
-    @property
-    def costs(self) -> Sequence[int]:
-        """Tokens of each item."""
-
-    @property
-    def extra(self) -> Sequence[tuple[nn.Parameter, float]]:
-        """Trained parameters outside the model, with their learning rates."""
-
-    def denominator(self, indices: Sequence[int]) -> float:
-        """What the summed loss of a whole batch is divided by. Depends on the items alone, so every process knows it."""
-
-    def forward(self, indices: Sequence[int]) -> tuple[Tensor, Sums]:
-        """Summed loss of these items, and sums for metrics (detached)."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out items; the same on every process."""
-
-    def notes(self) -> dict[str, Any]:
-        """JSON files that belong beside the model."""
 
 
 @dataclass(slots=True)
@@ -93,121 +66,146 @@ def plan(weights: Sequence[float], options: TrainingOptions, *, batch: float, se
 def train(training: Training, *, batch: float) -> dict[str, float]:
     """Run every step, evaluate, save the model, write `result.json`. Resumes from the newest good checkpoint.
 
-    Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when steps stay non-finite.
+    Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when steps stay non-finite, when a single item does not
+            fit into memory, or when the saved model is not the trained one.
     """
     run, processes, options, objective = training.run, training.processes, training.options, training.objective
     batches = plan(objective.weights, options, batch=batch, seed=run.seed)
     steps = len(batches)
     processes.same_start([training.model])
     optimiser = Optimiser(training.model, options, steps=steps, extra=objective.extra)
-    progress = Progress(run, processes, steps=steps)
-    first, sums = _resume(training, optimiser, progress)
+    objective.budget = options.tokens_per_micro_batch
+    loop = Loop(training, optimiser, Gradients(objective, processes, optimiser, run), Progress(run, processes, steps=steps))
+    first = loop.resume()
     run.event("start", steps=steps, processes=processes.world, device=str(processes.device), dtype=processes.dtype, first_step=first)
-    progress.mark(first)
-    tokens, saved_at = 0.0, time.monotonic()
+    if first == 0:
+        loop.gradients.rehearse(batches)
+    loop.progress.mark(first)
+    saved_at = time.monotonic()
     for step in range(first, steps):
-        step_tokens, update = _step(training, optimiser, batches[step], step, sums)
-        tokens += step_tokens
+        update = loop.step(batches[step], step)
         done = step + 1
         if done % options.log_steps == 0 or done == steps:
-            _report(progress, done, sums=sums, tokens=tokens, update=update, optimiser=optimiser)
-            sums, tokens = {}, 0.0
+            loop.report(done, update)
         if options.evaluate_steps and done % options.evaluate_steps == 0 and done < steps:
             run.event("evaluation", step=done, metrics=objective.evaluate())
         due = bool(options.checkpoint_seconds) and time.monotonic() - saved_at >= options.checkpoint_seconds
         stop, due = processes.any(stop_requested(), due)
         if done < steps and (stop or due or (options.checkpoint_steps and done % options.checkpoint_steps == 0)):
-            _save(training, optimiser, progress, done, sums=sums, tokens=tokens)
+            loop.save(done)
             saved_at = time.monotonic()
         if stop and done < steps:
             run.event("end", status="stopped", step=done)
             raise Stopped(f"stopped at step {done} of {steps}")
-    return _finish(training, optimiser, progress)
+    return loop.finish()
 
 
-def _step(training: Training, optimiser: Optimiser, indices: list[int], step: int, sums: Sums) -> tuple[float, Update]:
-    """Gradients of one batch, a micro-batch at a time, and the optimiser's step. Returns this process's tokens and the update."""
-    objective, processes = training.objective, training.processes
-    costs = [objective.costs[index] for index in indices]
-    denominator = objective.denominator(indices)
-    mine = processes.share(indices, costs)
-    my_costs = [objective.costs[index] for index in mine]
-    for places in micro_batches(my_costs, budget=training.options.tokens_per_micro_batch):
-        with processes.autocast():
-            loss, part = objective.forward([mine[place] for place in places])
-        (loss / denominator).backward()
-        add_sums(sums, part)
-    return float(sum(my_costs)), optimiser.step(step, processes)
+@dataclass(slots=True)
+class Loop:
+    """The parts of a run that move, and its sums of metrics since the last report (this process's own)."""
 
+    training: Training
+    optimiser: Optimiser
+    gradients: Gradients
+    progress: Progress
+    sums: Sums = field(default_factory=dict)
+    tokens: float = 0.0
 
-def _report(progress: Progress, done: int, *, sums: Sums, tokens: float, update: Update, optimiser: Optimiser) -> None:
-    progress.report(
-        done,
-        sums,
-        tokens=tokens,
-        learning_rate=update.learning_rate,
-        gradient_norm=update.gradient_norm,
-        skipped_steps=float(optimiser.skipped),
-    )
-    if update.skipped:
-        progress.run.event("warning", text=f"step {done} was skipped: its gradients are not finite ({optimiser.skipped} so far)")
+    def step(self, indices: list[int], step: int) -> Update:
+        """One batch: gradients, then the optimiser. Where training cannot go on, the weights as they are go into a checkpoint first."""
+        try:
+            batch = self.gradients.accumulate(indices, step=step + 1)
+            update = self.optimiser.step(step, self.training.processes, blame=batch.blame)
+        except TrainingFailed:
+            if step:
+                self.save(step)
+            raise
+        add_sums(self.sums, batch.sums)
+        self.tokens += batch.tokens
+        if update.skipped:
+            text = f"step {step + 1} was skipped: {update.reason} ({self.optimiser.skipped} so far)"
+            self.training.run.event("warning", text=text)
+        return update
 
+    def report(self, done: int, update: Update) -> None:
+        self.progress.report(
+            done,
+            self.sums,
+            tokens=self.tokens,
+            learning_rate=update.learning_rate,
+            gradient_norm=update.gradient_norm,
+            skipped_steps=float(self.optimiser.skipped),
+            out_of_memory=float(self.gradients.out_of_memory),
+        )
+        self.sums, self.tokens = {}, 0.0
 
-def _save(training: Training, optimiser: Optimiser, progress: Progress, step: int, *, sums: Sums, tokens: float) -> None:
-    """Every process comes here; the first one writes. Sums of the steps since the last report are kept, so that no metric has a hole."""
-    all_sums = training.processes.gather({name: [float(top), float(bottom)] for name, (top, bottom) in sums.items()})
-    all_tokens = training.processes.gather(tokens)
-    if training.processes.is_main:
-        merged: Sums = {}
-        for part in all_sums:
-            add_sums(merged, {name: (top, bottom) for name, (top, bottom) in part.items()})
-        extra: dict[str, Tensor] = {str(index): parameter for index, (parameter, _) in enumerate(training.objective.extra)}
-        tensors = {"model": trained_tensors(training.model), "optimiser": optimiser_state(optimiser.adamw), "random": random_state()}
-        values = {
-            "sums": merged,
-            "tokens": progress.tokens,
-            "tokens_since_report": sum(all_tokens),
-            "seconds": progress.seconds,
-            "skipped": optimiser.skipped,
-            "skipped_in_a_row": optimiser.skipped_in_a_row,
-        }
-        state = State({**tensors, **({"extra": extra} if extra else {})}, values)
-        folder = write_checkpoint(training.run.checkpoints, step, state, keep=training.options.keep_checkpoints)
-        training.run.event("checkpoint", step=step, path=str(folder))
-    training.processes.barrier()
+    def save(self, step: int) -> None:
+        """Every process comes here; the first one writes. Sums since the last report are kept, so that no metric has a hole."""
+        training, processes = self.training, self.training.processes
+        all_sums = processes.gather({name: [float(top), float(bottom)] for name, (top, bottom) in self.sums.items()})
+        all_tokens = processes.gather(self.tokens)
+        if processes.is_main:
+            merged: Sums = {}
+            for part in all_sums:
+                add_sums(merged, {name: (top, bottom) for name, (top, bottom) in part.items()})
+            tensors = {
+                "model": trained_tensors(training.model),
+                "optimiser": optimiser_state(self.optimiser.adamw),
+                "random": random_state(),
+            }
+            if training.objective.extra:
+                tensors["extra"] = {str(index): parameter for index, (parameter, _) in enumerate(training.objective.extra)}
+            values = {
+                "sums": merged,
+                "tokens": self.progress.tokens,
+                "tokens_since_report": sum(all_tokens),
+                "seconds": self.progress.seconds,
+                "skipped": self.optimiser.skipped,
+                "skipped_in_a_row": self.optimiser.skipped_in_a_row,
+                "tokens_per_micro_batch": training.objective.budget,
+                "out_of_memory": self.gradients.out_of_memory,
+            }
+            folder = write_checkpoint(training.run.checkpoints, step, State(tensors, values), keep=training.options.keep_checkpoints)
+            training.run.event("checkpoint", step=step, path=str(folder))
+        processes.barrier()
 
+    def resume(self) -> int:
+        """The first step to do: 0, or where the newest checkpoint that holds goes on."""
+        training = self.training
+        found = restore_newest(training.run.checkpoints, lambda text: training.run.event("warning", text=text))
+        if found is None:
+            return 0
+        step, state = found
+        load_trained(training.model, state.tensors["model"])
+        load_optimiser_state(self.optimiser.adamw, state.tensors["optimiser"])
+        for index, (parameter, _) in enumerate(training.objective.extra):
+            parameter.data.copy_(state.tensors["extra"][str(index)])
+        set_random_state(state.tensors["random"])
+        values = state.values
+        self.progress.tokens = values["tokens"] + values["tokens_since_report"]
+        self.progress.seconds_before = values["seconds"]
+        self.optimiser.skipped, self.optimiser.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
+        training.objective.budget, self.gradients.out_of_memory = values["tokens_per_micro_batch"], values["out_of_memory"]
+        if training.processes.is_main:
+            self.sums = {name: (top, bottom) for name, (top, bottom) in values["sums"].items()}
+        training.run.event("resume", step=step)
+        return step
 
-def _resume(training: Training, optimiser: Optimiser, progress: Progress) -> tuple[int, Sums]:
-    """(first step to do, sums since the last report), from the newest checkpoint that holds; (0, {}) without one."""
-    found = restore_newest(training.run.checkpoints, lambda text: training.run.event("warning", text=text))
-    if found is None:
-        return 0, {}
-    step, state = found
-    load_trained(training.model, state.tensors["model"])
-    load_optimiser_state(optimiser.adamw, state.tensors["optimiser"])
-    for index, (parameter, _) in enumerate(training.objective.extra):
-        parameter.data.copy_(state.tensors["extra"][str(index)])
-    set_random_state(state.tensors["random"])
-    values = state.values
-    progress.tokens = values["tokens"] + values["tokens_since_report"]
-    progress.seconds_before = values["seconds"]
-    optimiser.skipped, optimiser.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
-    training.run.event("resume", step=step)
-    sums = {name: (top, bottom) for name, (top, bottom) in values["sums"].items()} if training.processes.is_main else {}
-    return step, sums
-
-
-def _finish(training: Training, optimiser: Optimiser, progress: Progress) -> dict[str, float]:
-    """Evaluate, save the model, and, last, say that it went well."""
-    run, processes = training.run, training.processes
-    metrics = training.objective.evaluate()
-    run.event("evaluation", step=progress.steps, metrics=metrics)
-    metrics = {**metrics, "steps": progress.steps, "tokens": progress.tokens, "skipped_steps": optimiser.skipped}
-    if processes.is_main:
-        save_model(training.model, training.encoder, run.model_folder, notes=training.objective.notes())
-        weights = {file.name: file_digest(file) for file in sorted(run.model_folder.glob("*.safetensors"))}
-        artefacts = {"model": str(run.model_folder), "weights": weights, "encoder_digest": training.encoder.digest}
-        run.write_result(metrics=metrics, artefacts=artefacts, seconds=progress.seconds, counts=training.counts)
-    run.event("end", status="done", step=progress.steps)
-    processes.barrier()
-    return metrics
+    def finish(self) -> dict[str, float]:
+        """Evaluate, save the model, prove that it is the trained one, and, last, say that it went well."""
+        training, run, optimiser = self.training, self.training.run, self.optimiser
+        metrics = training.objective.evaluate()
+        run.event("evaluation", step=self.progress.steps, metrics=metrics)
+        counted = {"skipped_steps": optimiser.skipped, "out_of_memory": self.gradients.out_of_memory}
+        metrics = {**metrics, "steps": self.progress.steps, "tokens": self.progress.tokens, **counted}
+        optimiser.adamw.state.clear()  # its memory is what the saved model is loaded into
+        if training.processes.is_main:
+            save_model(training.model, training.encoder, run.model_folder, notes=training.objective.notes())
+            if training.options.verify_saved:
+                verify_saved(training.objective, training.model, run.model_folder, device=training.processes.device)
+            weights = {file.name: file_digest(file) for file in sorted(run.model_folder.glob("*.safetensors"))}
+            artefacts = {"model": str(run.model_folder), "weights": weights, "encoder_digest": training.encoder.digest}
+            run.write_result(metrics=metrics, artefacts=artefacts, seconds=self.progress.seconds, counts=training.counts)
+        run.event("end", status="done", step=self.progress.steps)
+        training.processes.barrier()
+        return metrics

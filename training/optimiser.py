@@ -1,10 +1,11 @@
 """AdamW with a schedule, gradient clipping, and steps that are skipped when they are not finite."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.errors import TrainingFailed
 from training.options import TrainingOptions
@@ -16,11 +17,12 @@ MOST_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one step did. `gradient_norm` is before clipping; a skipped step changed nothing."""
+    """What one step did. `gradient_norm` is before clipping; a skipped step changed nothing, for the `reason`."""
 
     gradient_norm: float
     learning_rate: float
     skipped: bool
+    reason: str = ""
 
 
 class Optimiser:
@@ -50,10 +52,15 @@ class Optimiser:
             fused=True,
         )
 
-    def step(self, step: int, processes: Processes) -> Update:
+    def room(self) -> list[Tensor]:
+        """Memory as much as the two moments will take that the first step makes."""
+        return [torch.empty_like(parameter) for parameter in [*self.trained, *self.extra] for _ in range(2)]
+
+    def step(self, step: int, processes: Processes, *, blame: str = "") -> Update:
         """Sum gradients over processes, clip, move, and clear them. `step` counts from 0 and sets the learning rate.
 
-        Raises: TrainingFailed after ten steps in a row without finite gradients.
+        Args:   blame: what is known to be not finite (a loss may be, and its gradients not): the step is then skipped.
+        Raises: TrainingFailed after ten steps in a row that are not finite.
         """
         processes.sum_gradients([*self.trained, *self.extra])
         limit = self.options.max_gradient_norm or float("inf")
@@ -65,8 +72,8 @@ class Optimiser:
             kind=self.options.schedule,
             final_share=self.options.final_learning_rate_share,
         )
-        finite = norm - norm == 0.0
-        if finite:
+        reason = blame or ("" if math.isfinite(norm) else "its gradients are not finite")
+        if not reason:
             for group in self.adamw.param_groups:
                 group["lr"] = group["peak"] * share
             self.adamw.step()
@@ -77,7 +84,7 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
-                f"{MOST_SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite (the last: step {step + 1}).",
+                f"{self.skipped_in_a_row} steps in a row were not finite. The last, step {step + 1}: {reason}.",
                 remedy="Lower learning_rate, or set dtype = float32; the newest checkpoint holds the last good weights.",
             )
-        return Update(norm, self.options.learning_rate * share, not finite)
+        return Update(norm, self.options.learning_rate * share, bool(reason), reason)

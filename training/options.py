@@ -134,13 +134,15 @@ class TrainingOptions:
     lora_targets: tuple[str, ...] = ("all-linear",)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
-    tokens_per_micro_batch: int = 4096  # memory, not the update, depends on it
+    quantise: Literal["", "4bit", "8bit"] = ""  # the frozen base under LoRA adapters (QLoRA); needs lora_rank and bitsandbytes
+    tokens_per_micro_batch: int = 4096  # memory, not the update, depends on it; halved where memory runs out
 
     log_steps: int = 10
     evaluate_steps: int = 0  # 0: at the end only
     checkpoint_seconds: float = 300.0  # 0: never by time
     checkpoint_steps: int = 0  # 0: never by count
     keep_checkpoints: int = 2
+    verify_saved: bool = True  # load the saved model again and compare it with the trained one
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_completion_tokens", "tokens_per_micro_batch", "log_steps", "keep_checkpoints"):
@@ -156,3 +158,4 @@ class TrainingOptions:
         require(self.epochs > 0 or self.max_steps > 0, "epochs must be positive, or max_steps given.")
         require(self.learning_rate > 0, "learning_rate must be positive.")
         require(self.adam_epsilon > 0, "adam_epsilon must be positive.")
+        require(not self.quantise or self.lora_rank > 0, "quantise needs LoRA adapters to train: set lora_rank, 16 for example.")
