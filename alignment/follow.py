@@ -18,8 +18,12 @@ def progress_of(events: Iterable[dict[str, Any]], *, warnings: int = 0) -> dict[
             changes["warnings"] = warnings
         elif kind == "start":
             changes["steps"] = int(event.get("steps") or 0)
+            if "first_step" in event:  # a learning curve's parts may have counted before
+                changes["step"] = int(event["first_step"])
         elif kind == "resume":
             changes["step"] = int(event.get("step") or 0)
+        elif kind == "part":
+            changes |= _step({**event, "metrics": {"tokens_per_second": event.get("tokens_per_second")}})
         elif kind in ("step", "evaluation"):
             metrics |= metrics_of(event)
             if kind == "step":

@@ -128,10 +128,10 @@ def ceiling(judged: Sequence[Judged], *, samples: int = 1000, seed: int = 0) -> 
     """Bounds of the accuracy on single raters' preference pairs that a judge who knows the true shares p would have, E[max(p, 1 - p)].
 
     Estimators, over pairs of completions that at least two raters ordered (ties left out), raters taken to be drawn independently:
-    `rater_agreement`  A: share of pairs of raters who order alike. Unbiased for E[p^2 + (1 - p)^2], each pair of completions
-                       weighted by its pairs of raters.
+    `rater_agreement`  A: chance that two of a pair's raters order it alike, unbiased for E[p^2 + (1 - p)^2] and so a lower bound. Like
+                       an accuracy on single raters' pairs it weighs each pair of completions by its raters.
     `lower`            each rater's pair against the majority of the pair's other raters, one half where those are even. The majority of
-                       few raters is a noisy judge: biased downward as a ceiling, less so with more raters. With two raters it is A.
+                       few raters is a noisy judge: biased downward as a ceiling, less so with more raters. With two or three it is A.
     `upper`            (1 + sqrt(2 A - 1)) / 2: exact if all pairs are equally contested, else too high (Jensen's inequality, since
                        2 m - 1 = |2 p - 1| and 2 A - 1 = E[(2 p - 1)^2]); 1/2 where A < 1/2.
     `accuracy`         the judge's, on the very pairs that `lower` is counted on;  `reached`: accuracy / lower, above 1 where the judge
@@ -146,21 +146,20 @@ def ceiling(judged: Sequence[Judged], *, samples: int = 1000, seed: int = 0) -> 
         ordered = pair.won + pair.lost
         if ordered < 2:
             continue
-        alike = (pair.won * (pair.won - 1) + pair.lost * (pair.lost - 1)) / 2
+        alike = (pair.won * (pair.won - 1) + pair.lost * (pair.lost - 1)) / (ordered - 1)
         # A rater of the winning side leaves won - 1 against lost; one of the losing side leaves won against lost - 1, and is never right.
         others = pair.won * (np.sign(pair.won - 1 - pair.lost) + 1) / 2 + pair.lost * (np.sign(pair.lost - 1 - pair.won) + 1) / 2
         right = pair.won * (np.sign(pair.difference) + 1) / 2 + pair.lost * (np.sign(-pair.difference) + 1) / 2
-        sums = np.array([alike, ordered * (ordered - 1) / 2, others, right, ordered])
-        agreed[pair.prompt] = agreed.get(pair.prompt, np.zeros(5)) + sums
+        agreed[pair.prompt] = agreed.get(pair.prompt, np.zeros(4)) + np.array([alike, others, right, ordered])
     if not agreed:
         return None
-    alike, couples, others, right, ordered = np.array(list(agreed.values())).T
+    alike, others, right, ordered = np.array(list(agreed.values())).T
 
     def share(tops: np.ndarray, bottoms: np.ndarray) -> Share:
         with np.errstate(divide="ignore", invalid="ignore"):
             low, high = clustered_interval(tops, bottoms, samples=samples, seed=seed)
             return Share(float(tops.sum() / bottoms.sum()), low, high, float(bottoms.sum()))
 
-    agreement = share(alike, couples)
+    agreement = share(alike, ordered)
     upper = (1 + math.sqrt(max(0.0, 2 * agreement.value - 1))) / 2
     return Ceiling(agreement, share(others, ordered), upper, share(right, ordered), share(right, others))

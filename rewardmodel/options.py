@@ -18,7 +18,9 @@ class RewardOptions(TrainingOptions):
     centring: float = 0.0  # weight of (mean of a pair's scores)^2: keeps scores near 0
     ensemble_size: int = 1  # members: their mean is the score, their spread says how far to trust it
     ensemble: Literal["heads", "adapters"] = "heads"  # each a head over one backbone, or a LoRA adapter and a head
-    bootstrap_samples: int = 1000  # for the interval of the held-out accuracy
+    bootstrap_samples: int = 1000  # for the intervals of the held-out figures
+    learning_curve: tuple[float, ...] = (0.25, 0.5)  # shares of the training prompts that are trained on first, apart; empty: none
+    train_share: float = 1.0  # train on this share of the training prompts: how the parts of a learning curve are run
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
@@ -26,5 +28,9 @@ class RewardOptions(TrainingOptions):
         require(self.tie_learning_rate > 0, "tie_learning_rate must be positive.")
         require(self.centring >= 0, "centring must not be negative.")
         require(self.bootstrap_samples >= 100, "bootstrap_samples must be at least 100.")
+        require(all(0 < share < 1 for share in self.learning_curve), "learning_curve must hold shares between 0 and 1.")
+        require(len(set(self.learning_curve)) == len(self.learning_curve), "learning_curve must not name a share twice.")
+        require(0 < self.train_share <= 1, "train_share must be above 0 and at most 1.")
+        require(not self.learning_curve or self.train_share == 1, "learning_curve needs train_share = 1.")
         require(self.ensemble_size >= 1, "ensemble_size must be at least 1.")
         require(self.ensemble == "heads" or self.ensemble_size == 1 or self.lora_rank >= 1, "ensemble = 'adapters' needs lora_rank.")

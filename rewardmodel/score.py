@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 import torch
@@ -30,6 +31,7 @@ class RewardNotes:
     mean: float | tuple[float, ...] = 0.0  # of the scores of training completions
     scale: float | tuple[float, ...] = 1.0  # their standard deviation
     ties: str = "drop"
+    temperature: float = 1.0  # score differences in log-odds are divided by it; fitted on held-out pairs
     nu: float = 0.0  # Davidson's tie parameter; 0: the model knows no ties
     encoder_digest: str = ""
     snapshot_digest: str = ""
@@ -45,6 +47,17 @@ class RewardNotes:
     @property
     def scales(self) -> tuple[float, ...]:
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+    def in_log_odds(self, scores: Tensor) -> Tensor:
+        """(N, M) scores of the members, before normalisation -> (N,): the mean of the normalised ones, in the members' usual scale, so
+        that differences are log-odds before `temperature`."""
+        return ((scores - torch.tensor(self.means)) / torch.tensor(self.scales)).mean(-1) * fmean(self.scales)
+
+    def win_probability(self, difference: Tensor) -> Tensor:
+        """Probability that people put the first of two completions before the second, if they do not tie them.
+
+        Args:    difference: of their normalised scores (members' mean), any shape.   Returns: the same shape, 0 to 1."""
+        return torch.sigmoid(difference * (fmean(self.scales) / self.temperature))
 
 
 def normalisation(scores: Tensor) -> dict[str, float | tuple[float, ...]]:
@@ -95,6 +108,13 @@ class Scorer:
     @property
     def members(self) -> int:
         return len(self.notes.means)
+
+    def require_members(self, why: str) -> None:
+        """Raises InputError for a reward model of one member."""
+        if self.members == 1:
+            raise InputError(
+                f"The reward model has one member, but {why}.", remedy="Train it with ensemble_size = 4 or more, or leave that option out."
+            )
 
     def score(self, answers: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
         """Normalised score of each (messages, completion text), the mean over members; higher is better."""

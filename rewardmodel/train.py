@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardmodel.accuracy import Judged, accuracy
+from rewardmodel.accuracy import pair_counts
+from rewardmodel.counts import encode_counted
+from rewardmodel.curve import curve_row, learn_shares, prompts_of_share
+from rewardmodel.ensemble import bootstrap_weights, member_losses, on_one_scale, spread_report
 from rewardmodel.losses import pair_weights, ranking_losses, stack, start_of_log_nu
-from rewardmodel.network import load_reward_model
+from rewardmodel.network import Ensemble, load_reward_model
 from rewardmodel.options import RewardOptions
-from rewardmodel.score import REWARD_FILE, RewardNotes, row_scores
+from rewardmodel.report import REPORT_FILE, REPORT_FORMAT, Report, held_out_report
+from rewardmodel.score import REWARD_FILE, RewardNotes, normalisation, row_scores
 from training.encode import Encoder
 from training.language_model import Lora
 from training.ledger import Ledger
@@ -21,9 +25,9 @@ from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row, gather_rows
 from training.processes import Processes, Sums
-from training.rankings import EncodedRanking, encode_rankings, read_rankings
+from training.rankings import EncodedRanking, read_rankings
 from training.row_logps import measured
-from training.rundir import RunDirectory, file_digest
+from training.rundir import RunDirectory, file_digest, finite
 
 # Scores of this many training completions give the mean and scale that normalise rewards.
 NORMALISED_ON = 1000
@@ -34,9 +38,16 @@ def run(run_directory: RunDirectory) -> None:
     options = parse_options(RewardOptions, run_directory.options)
     processes = Processes(options.dtype)
     run_directory.is_writer = processes.is_main
+    _learn(run_directory, processes, learn_shares(run_directory, processes, options, lambda part: _learn(part, processes, [])))
+
+
+def _learn(run_directory: RunDirectory, processes: Processes, curve: list[dict[str, Any]]) -> None:
+    """One training. `curve`: what smaller shares of the rankings taught."""
+    options = parse_options(RewardOptions, run_directory.options)
+    torch.manual_seed(run_directory.seed)  # dropout must not depend on whether the shares were trained in this process
     encoder = Encoder.of(run_directory.inputs["model"], options)
     data = run_directory.data_file()
-    items, counts = read_items(data, encoder, options)
+    items, counts = read_items(data, encoder, options, share=options.train_share, seed=run_directory.seed)
     objective_counts = {**counts, "boundary_moves": encoder.boundary_moves}
     model = load_reward_model(
         run_directory.inputs["model"],
@@ -44,23 +55,32 @@ def run(run_directory: RunDirectory) -> None:
         lora=Lora.of(options),
         gradient_checkpointing=options.gradient_checkpointing,
         seed=run_directory.seed,
+        ensemble=Ensemble.of(options.ensemble_size, options.ensemble),
     )
-    objective = Scores(model, encoder, processes, options, items=items, digest=file_digest(data))
+    objective = Scores(model, encoder, processes, options, items=items, digest=file_digest(data), seed=run_directory.seed)
+    objective.curve = curve
     objective_counts["pairs"], objective_counts["ties"] = objective.pairs, objective.tied
     run_directory.event("counts", **objective_counts)
     train(Training(run_directory, processes, options, model, encoder, objective, objective_counts), batch=options.batch_rankings)
 
 
-def read_items(data: Any, encoder: Encoder, options: Any) -> tuple[dict[str, list[EncodedRanking]], dict[str, Any]]:
-    """Encoded rankings by split, and what was counted. `options`: anything with `max_dropped_share`."""
+def read_items(
+    data: Any, encoder: Encoder, options: Any, *, share: float = 1.0, seed: int = 0
+) -> tuple[dict[str, list[EncodedRanking]], dict[str, Any]]:
+    """Encoded rankings by split, and what was counted.
+
+    Args:    options: anything with `max_dropped_share` and `ties`;  share: of the training prompts, chosen by `seed`.
+    """
     items, counts = {}, {}
     prompts = read_rankings(data)
     for split in ("train", "held_out"):
+        chosen = [prompt for prompt in prompts if prompt.split == split]
         ledger = Ledger(f"completions of {split} prompts")
-        items[split] = encode_rankings([prompt for prompt in prompts if prompt.split == split], encoder, ledger)
+        chosen = prompts_of_share(chosen, share, seed) if split == "train" and share < 1 else chosen
+        items[split], ranked = encode_counted(chosen, encoder, ledger, ties=options.ties)
         if split == "train" or ledger.read:
             ledger.enforce(options.max_dropped_share)
-        counts[split] = {**ledger.counts(), "prompts": len(items[split]), "rankings": sum(len(item.rankings) for item in items[split])}
+        counts[split] = {**ledger.counts(), **ranked}
     return items, counts
 
 
@@ -76,12 +96,15 @@ class Scores:
         *,
         items: dict[str, list[EncodedRanking]],
         digest: str,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.processes = processes
         self.options = options
         self.digest = digest
+        self.curve: list[dict[str, Any]] = []  # of smaller shares
+        self.report, self.figures = Report(), dict[str, float]()
         self.items = items["train"]
         self.held_out = items["held_out"]
         self.targets = [pair_weights(item.rankings, item.size, ties=options.ties) for item in self.items]
@@ -89,6 +112,7 @@ class Scores:
         self.budget = options.tokens_per_micro_batch
         self.weights = [target.weight for target in self.targets]
         self.costs = [item.tokens for item in self.items]
+        self.member_weights = bootstrap_weights([item.digest for item in self.items], options.ensemble_size, seed=seed)
         self.pairs = sum(target.pairs for target in self.targets)
         self.tied = sum(target.tied for target in self.targets)
         start = start_of_log_nu(self.pairs, self.tied) if options.ties == "davidson" else None
@@ -102,10 +126,15 @@ class Scores:
         rows, places = gather_rows([self.items[index] for index in indices])
         targets = [self.targets[index] for index in indices]
         device = self.processes.device
-        points = self._scores(rows)[places.to(device)]
+        by_member = self._scores(rows)[places.to(device)]
+        points = by_member.mean(-1)
         wins = stack([target.wins for target in targets], places.shape[1]).to(device)
         ties = stack([target.ties for target in targets], places.shape[1]).to(device)
-        losses = ranking_losses(points, wins, ties, log_nu=self.log_nu, centring=self.options.centring)
+        losses = member_losses(
+            by_member,
+            self.member_weights[list(indices)].to(device),
+            lambda scores: ranking_losses(scores, wins, ties, log_nu=self.log_nu, centring=self.options.centring),
+        )
         with torch.no_grad():
             margins = points[:, :, None] - points[:, None, :]
             sums: Sums = {
@@ -119,58 +148,57 @@ class Scores:
         return losses.sum(), sums
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy with its 95 % interval (bootstrap over prompts), beside "longer wins"; {} without held-out rankings."""
+        """Held-out figures with their 95 % intervals (over prompts), {} without held-out rankings; the tables are kept for `notes`."""
+        # Every process takes part, and the report is about the very score that users of the model see.
+        train_rows = _rows_of(self.items)[0]
+        self.normalisation = normalisation(measured(train_rows[:: -(-len(train_rows) // NORMALISED_ON)], self.processes, self._scores))
         rows, places = _rows_of(self.held_out)
-        points = measured(rows, self.processes, self._scores)
-        judged = [Judged(item.digest, points[place].tolist(), item.rankings) for item, place in zip(self.held_out, places, strict=True)]
-        longer = [Judged(item.digest, [float(len(text)) for text in item.texts], item.rankings) for item in self.held_out]
-        metrics: dict[str, float] = {}
-        for prefix, majority in (("", False), ("majority_", True)):
-            measured_here = accuracy(judged, majority=majority, samples=self.options.bootstrap_samples)
-            beside = accuracy(longer, majority=majority, samples=self.options.bootstrap_samples)
-            if measured_here is None or beside is None:
-                continue
-            metrics |= {
-                f"{prefix}accuracy": measured_here.share,
-                f"{prefix}accuracy_low": measured_here.low,
-                f"{prefix}accuracy_high": measured_here.high,
-                f"{prefix}pairs": measured_here.pairs,
-                f"{prefix}baseline_longer": beside.share,
-                f"{prefix}baseline_longer_low": beside.low,
-                f"{prefix}baseline_longer_high": beside.high,
-            }
-        return {**metrics, "baseline_chance": 0.5, **self._likelihood(points, places)} if metrics else {}
+        by_member = measured(rows, self.processes, self._scores)
+        points = RewardNotes(**self.normalisation).in_log_odds(by_member)
+        samples = self.options.bootstrap_samples
+        self.report = held_out_report(self.held_out, [points[place].tolist() for place in places], samples=samples)
+        if not self.report.metrics:
+            return {}
+        scaled = on_one_scale(by_member)
+        spread = spread_report([scaled[place] for place in places], [pair_counts(item.rankings, item.size) for item in self.held_out])
+        self.figures = {**self.report.metrics, **spread, **self._likelihood(by_member.mean(-1), places)}
+        return self.figures
 
     def _likelihood(self, points: Tensor, places: list[Tensor]) -> dict[str, float]:
-        """Minus the mean log-likelihood of a held-out ranking's pairs under the trained model, and how many ties there are."""
+        """Minus the mean log-likelihood of a held-out ranking's pairs under the trained model, beside a model to which all completions are
+        equal (ties as often as in training), and how many ties there are."""
         log_nu = None if self.log_nu is None else self.log_nu.detach().cpu()
         ties = "drop" if log_nu is None and self.options.ties == "davidson" else self.options.ties
-        total, weight, tied = 0.0, 0.0, 0
+        start = None if log_nu is None else start_of_log_nu(self.pairs, self.tied)
+        constant_nu = None if start is None else torch.tensor(start)
+        total, constant, weight, tied = 0.0, 0.0, 0.0, 0
         for item, place in zip(self.held_out, places, strict=True):
             target = pair_weights(item.rankings, item.size, ties=ties)
-            total += float(ranking_losses(points[place][None], target.wins[None], target.ties[None], log_nu=log_nu).sum())
+            wins, equal, scores = target.wins[None], target.ties[None], points[place][None]
+            total += float(ranking_losses(scores, wins, equal, log_nu=log_nu).sum())
+            constant += float(ranking_losses(torch.zeros_like(scores), wins, equal, log_nu=constant_nu).sum())
             weight += target.weight
             tied += target.tied
         return {
             "log_loss": total / weight if weight else math.nan,
+            "log_loss_constant": constant / weight if weight else math.nan,
             "ties": tied,
             "held_out_prompts": len({i.digest for i in self.held_out}),
         }
 
     def notes(self) -> dict[str, Any]:
-        rows, _ = _rows_of(self.items)
-        rows = rows[:: -(-len(rows) // NORMALISED_ON)]
-        with torch.no_grad(), self.processes.autocast():
-            points = self._scores(rows).cpu().double()
         notes = RewardNotes(
-            mean=float(points.mean()),
-            scale=max(float(points.std()), 1e-6),
+            **self.normalisation,
+            temperature=self.report.temperature,
             ties=self.options.ties,
             nu=0.0 if self.log_nu is None else float(self.log_nu.detach().exp()),
             encoder_digest=self.encoder.digest,
             snapshot_digest=self.digest,
         )
-        return {REWARD_FILE: notes.as_json()}
+        told = {"metrics": self.figures, "counts": {"train": {"rankings": sum(len(item.rankings) for item in self.items)}}}
+        curve = [*self.curve, curve_row(self.options.train_share, told)] if self.figures else []
+        tables = {"format": REPORT_FORMAT, **self.report.tables, "learning_curve": curve}
+        return {REWARD_FILE: notes.as_json(), REPORT_FILE: finite(tables)}
 
     def load(self, folder: Path, device: torch.device) -> Any:
         return load_reward_model(folder, device=device)
