@@ -78,7 +78,8 @@ def disagreement(scores: Tensor) -> Tensor:
     Returns: (K, K) float32, symmetric, 0 on the diagonal and for M = 1.
     Source:  the infomax exploration of Dwaracherla et al. 2024, arXiv:2402.00396.
     """
-    return (scores[:, None, :] - scores[None, :, :]).float().sigmoid().var(-1, correction=0)
+    points = scores.double()
+    return (points[:, None, :] - points[None, :, :]).sigmoid().var(-1, correction=0).float()
 
 
 def most_disputed(pairs: Tensor, count: int) -> list[int]:

@@ -48,6 +48,9 @@ class MemberLora(nn.Module):
         added = torch.bmm(torch.bmm(blocks, self.lora_a.transpose(1, 2)), self.lora_b.transpose(1, 2))
         return plain + self.scale * added.reshape(plain.shape)
 
+    def get_base_layer(self) -> nn.Module:
+        return self.layer
+
     @torch.no_grad()
     def merged(self, member: int) -> nn.Module:
         """The layer inside, changed to be this member alone."""
@@ -60,8 +63,8 @@ class MemberLora(nn.Module):
 class AdapterEnsemble(nn.Module):
     """A reward model of M heads, head m over the states of member m.
 
-    It answers to the names that peft's wrapper has (`get_base_model`, `save_pretrained`, `merge_and_unload`), so that a model is saved the same
-    way whoever put the adapters in. Its folder is the backbone with all M heads, and `adapter/member-<m>/`, each a peft adapter.
+    It answers to the names that peft's wrapper has (`get_base_model`, `save_pretrained`; its layers to `get_base_layer`), so that a model is
+    saved the same way whoever put the adapters in; M of them cannot be merged into one backbone, so they stay beside it. Its folder is the backbone with all M heads, and `adapter/member-<m>/`, each a peft adapter.
     """
 
     def __init__(self, model: PreTrainedModel, members: int, lora: Lora, *, seed: int = 0) -> None:
@@ -116,10 +119,6 @@ class AdapterEnsemble(nn.Module):
                 tensors[_key(name, "A")] = layer.lora_a[member].detach().cpu().clone()
                 tensors[_key(name, "B")] = layer.lora_b[member].detach().cpu().clone()
             save_file(tensors, place / WEIGHTS)
-
-    def merge_and_unload(self) -> PreTrainedModel:
-        """The backbone and the heads, without adapters: M of them cannot be merged into one backbone, so they stay beside it."""
-        return self._taken_out(lambda layer: layer.layer)
 
     def member(self, member: int) -> PreTrainedModel:
         """The model of one member, its adapter merged, everything trained; all M heads are still there. This ensemble is spent."""

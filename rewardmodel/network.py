@@ -5,7 +5,7 @@ padding, which is wrong wherever padding and end of text share an id; here it is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from rewardmodel.members import ADAPTERS, AdapterEnsemble
 from training.encode import split_gguf
 from training.errors import InputError
 from training.language_model import Lora, add_lora, hidden_states, load_pretrained, prepare, unwrap
+from training.quantise import quantised
 
 HEAD = "score"
 
@@ -59,7 +60,7 @@ def load_reward_model(
             remedy=f"Set ensemble_size = {found.size} and ensemble = {found.kind!r}, or start from a policy.",
         )
     wanted = found or ensemble or Ensemble()
-    model: Any = load_pretrained(AutoModelForSequenceClassification, name, num_labels=wanted.size)
+    model: Any = load_pretrained(AutoModelForSequenceClassification, name, num_labels=wanted.size, **quantised(lora.quantise if lora else "", name, device=device))
     if not isinstance(getattr(model, HEAD, None), nn.Linear):
         raise InputError(f"{type(model).__name__} has no head named {HEAD}.", remedy="Use a causal language model such as Llama or Qwen.")
     if not found:
@@ -96,7 +97,7 @@ def load_value_model(
     found = saved_ensemble(name) or Ensemble()
     means, scales = (torch.tensor(list(numbers), dtype=torch.float32) for numbers in normalisation)
     if found.size == 1:
-        return load_reward_model(name, lora=lora, seed=seed, **given), float(means[0]), float(scales[0])
+        return load_reward_model(name, lora=lora, seed=seed, **given), normalisation[0][0], normalisation[1][0]
     model = load_reward_model(name)
     if found.kind == "adapters":
         model = model.member(0)
@@ -107,7 +108,7 @@ def load_value_model(
 
 
 def _with_lora(model: Any, lora: Lora, seed: int) -> Any:
-    return add_lora(model, Lora(lora.rank, lora.alpha, lora.targets, (HEAD,)), task="SEQ_CLS", seed=seed)
+    return add_lora(model, replace(lora, keep=(HEAD,)), task="SEQ_CLS", seed=seed)
 
 
 @torch.no_grad()
