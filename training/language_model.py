@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training.encode import Encoder, split_gguf
 from training.errors import InputError
+from training.merge import merged
 from training.options import TrainingOptions
+from training.quantise import quantised
 from training.rundir import replace_folder
 
 # Logits of one chunk of positions may take this much; more chunks are recomputed in the backward pass.
@@ -32,18 +34,22 @@ LOGIT_CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank adapters on the named modules; `keep` are modules trained in full and saved with them (the score head)."""
+    """Low-rank adapters on the named modules; `keep` are modules trained in full and saved with them (the score head).
+
+    `quantise` ("4bit" or "8bit") keeps the frozen weights below them in fewer bits.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ("all-linear",)
     keep: tuple[str, ...] = ()
+    quantise: str = ""
 
     @classmethod
     def of(cls, options: TrainingOptions, *, keep: tuple[str, ...] = ()) -> "Lora | None":
         if not options.lora_rank:
             return None
-        return cls(options.lora_rank, options.lora_alpha or 2.0 * options.lora_rank, options.lora_targets, keep)
+        return cls(options.lora_rank, options.lora_alpha or 2.0 * options.lora_rank, options.lora_targets, keep, options.quantise)
 
 
 def load_policy(
@@ -59,7 +65,7 @@ def load_policy(
     Args:    name: a model folder, a hub name, or `folder/file.gguf`;  seed: of the adapters' start.
     Raises:  InputError if nothing can be loaded from there.
     """
-    model = load_pretrained(AutoModelForCausalLM, name)
+    model = load_pretrained(AutoModelForCausalLM, name, **quantised(lora.quantise if lora else "", name, device=device))
     if lora is not None:
         model = add_lora(model, lora, task="CAUSAL_LM", seed=seed)
     return prepare(model, device=device, gradient_checkpointing=gradient_checkpointing)
@@ -106,7 +112,7 @@ def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: b
         if is_adapted(model):
             plain.enable_input_require_grads()
         model.train()  # transformers recomputes activations in training mode only; there is no dropout left to wake
-    return model.to(device)
+    return model if is_quantised(model) else model.to(device)  # what is quantised was loaded to its device, and refuses to be moved
 
 
 def turn_off_dropout(model: nn.Module) -> None:
@@ -223,7 +229,7 @@ def completion_statistics(
 
 
 def state_logps(head: "Head", states: Tensor, targets: Tensor) -> Tensor:
-    """(N,) float32: log-probability in nats of each target token, given the states (N, H) that predict them, a chunk of logits at a time."""
+    """(N,) float32: log-probability in nats of each target, given the states (N, H) that predict them; logits exist a chunk at a time."""
     return _in_chunks(head, states, targets, 1.0, False)[0]
 
 
@@ -286,7 +292,8 @@ def output_head(model: PreTrainedModel) -> Head | None:
 def save_model(model: Any, encoder: Encoder, folder: str | Path, *, notes: dict[str, Any] | None = None) -> None:
     """A standard model directory (safetensors, tokenizer, `rankloop_encoder.json`), whole or absent.
 
-    A LoRA model is merged, so that plain transformers loads it; the adapter itself is kept in `adapter/`.
+    A LoRA model is merged, so that plain transformers loads it, a quantised one into float32 weights; the adapter itself is kept in
+    `adapter/`. Merged weights take four bytes a parameter in the CPU's memory while they are written.
 
     Args:    notes: {file name: JSON content} written beside the weights (`rankloop_reward.json`).
     """
@@ -294,24 +301,17 @@ def save_model(model: Any, encoder: Encoder, folder: str | Path, *, notes: dict[
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    head = unwrap(model).__dict__.pop("_rankloop_head", None)
-    try:
-        if is_adapted(model):
-            model.save_pretrained(beside / "adapter", safe_serialization=True)
-            plain: Any = copy.deepcopy(model).merge_and_unload()
-        else:
-            plain = model
-        keep_cache = plain.config.use_cache
-        plain.config.use_cache = True
-        pad_id = None if hasattr(plain, "score") and encoder.pad_id in encoder.stop_ids else encoder.pad_id
-        # Transformers reads a score at the last token that is not padding: with padding = end of text it would miss the end of text.
-        # Without a padding id it reads at the last position, and refuses batches instead of scoring them wrongly.
-        plain.config.pad_token_id = plain.config.get_text_config().pad_token_id = pad_id
-        plain.save_pretrained(beside, safe_serialization=True)
-        plain.config.use_cache = keep_cache
-    finally:
-        if head is not None:
-            unwrap(model)._rankloop_head = head  # type: ignore[assignment]
+    if is_adapted(model):
+        model.save_pretrained(beside / "adapter", safe_serialization=True)
+    plain: Any = merged(model) if is_adapted(model) else model
+    keep_cache = plain.config.use_cache
+    plain.config.use_cache = True
+    pad_id = None if hasattr(plain, "score") and encoder.pad_id in encoder.stop_ids else encoder.pad_id
+    # Transformers reads a score at the last token that is not padding: with padding = end of text it would miss the end of text.
+    # Without a padding id it reads at the last position, and refuses batches instead of scoring them wrongly.
+    plain.config.pad_token_id = plain.config.get_text_config().pad_token_id = pad_id
+    plain.save_pretrained(beside, safe_serialization=True)
+    plain.config.use_cache = keep_cache
     encoder.save(beside)
     for name, content in (notes or {}).items():
         (beside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

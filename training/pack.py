@@ -1,7 +1,7 @@
-"""Order, batches, and rows of tokens with little padding.
+"""Order, batches, and rows of tokens.
 
-The order of an epoch follows from (seed, epoch) alone. A batch is cut into micro-batches under a token budget, and its rows into
-groups of near length; one forward pass takes one group.
+The order of an epoch follows from (seed, epoch) alone. A batch is cut into micro-batches under a token budget; `shared_prompt` packs the
+rows of a micro-batch without padding, and where a model cannot take that, its rows are cut into groups of near length here.
 """
 
 from collections.abc import Sequence

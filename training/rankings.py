@@ -59,8 +59,8 @@ class EncodedRanking:
 
     @property
     def tokens(self) -> int:
-        """Of all rows, the prompt counted with each."""
-        return sum(len(self.prompt_ids) + len(row) for row in self.rows)
+        """Of the prompt and of each distinct completion, once: what is encoded."""
+        return len(self.prompt_ids) + sum(map(len, self.rows))
 
 
 @dataclass(frozen=True, slots=True)
