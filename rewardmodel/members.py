@@ -63,8 +63,9 @@ class MemberLora(nn.Module):
 class AdapterEnsemble(nn.Module):
     """A reward model of M heads, head m over the states of member m.
 
-    It answers to the names that peft's wrapper has (`get_base_model`, `save_pretrained`; its layers to `get_base_layer`), so that a model is
-    saved the same way whoever put the adapters in; M of them cannot be merged into one backbone, so they stay beside it. Its folder is the backbone with all M heads, and `adapter/member-<m>/`, each a peft adapter.
+    It answers to the names that peft's wrapper has (`get_base_model`, `save_pretrained`; its layers to `get_base_layer`), so that a model
+    is saved the same way whoever put the adapters in. M of them cannot be merged into one backbone: its folder is the backbone with all M
+    heads, and `adapter/member-<m>/`, each a peft adapter.
     """
 
     def __init__(self, model: PreTrainedModel, members: int, lora: Lora, *, seed: int = 0) -> None:

@@ -60,7 +60,8 @@ def load_reward_model(
             remedy=f"Set ensemble_size = {found.size} and ensemble = {found.kind!r}, or start from a policy.",
         )
     wanted = found or ensemble or Ensemble()
-    model: Any = load_pretrained(AutoModelForSequenceClassification, name, num_labels=wanted.size, **quantised(lora.quantise if lora else "", name, device=device))
+    in_bits = quantised(lora.quantise if lora else "", name, device=device)
+    model: Any = load_pretrained(AutoModelForSequenceClassification, name, num_labels=wanted.size, **in_bits)
     if not isinstance(getattr(model, HEAD, None), nn.Linear):
         raise InputError(f"{type(model).__name__} has no head named {HEAD}.", remedy="Use a causal language model such as Llama or Qwen.")
     if not found:

@@ -13,7 +13,7 @@ from training.objective import Objective
 
 # Differences allowed, as a share of the largest value: rounding of merged adapters; and of bfloat16 products with quantised weights.
 ROUNDING = 1e-4
-ROUNDING_QUANTISED = 3e-2
+ROUNDING_QUANTISED = 2e-2
 
 
 def verify_saved(objective: Objective, model: Any, folder: Path, *, device: torch.device) -> None:
