@@ -1,33 +1,34 @@
-"""Direct preference optimisation, straight from rankings: each completion is encoded once, and its pairs are differences of log-ratios."""
+"""Preference optimisation straight from rankings, by any loss of `loss_kinds`: each completion is encoded once, and its pairs are
+differences of log-ratios."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from alignment.losses import dpo_losses, implicit_margins
+from alignment.loss_kinds import LOSS_KINDS
+from alignment.losses import Compared, preference_losses
+from alignment.mismatched import Mismatched
 from alignment.options import DPOOptions
+from alignment.preference_metrics import ChosenWatch, preference_sums, settled_rewards
+from alignment.preferences import compare, target, tied_keys
+from alignment.reference_logps import Reference, reference_logps
 from rewardmodel.accuracy import Judged, accuracy
-from rewardmodel.losses import pair_weights, stack
+from rewardmodel.losses import stack
 from rewardmodel.train import read_items
 from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import Lora, load_policy
-from training.loop import Training, train
+from training.loop import Training, plan, train
 from training.objective import PROBED_ROWS
 from training.options import parse_options
-from training.pack import Row, gather_rows
+from training.pack import Row, gather_rows, micro_batches
 from training.processes import Processes, Sums
 from training.rankings import EncodedRanking
 from training.row_logps import measured, row_logps
 from training.rundir import RunDirectory
-
-REFERENCE_FILE = "reference_logps.safetensors"
 
 
 def run(run_directory: RunDirectory) -> None:
@@ -45,74 +46,108 @@ def run(run_directory: RunDirectory) -> None:
         gradient_checkpointing=options.gradient_checkpointing,
         seed=run_directory.seed,
     )
-    reference_logps = _reference_logps(run_directory, model, encoder, processes, options=options, items=items)
-    objective = Preferences(model, encoder, processes, options, items=items, reference_logps=reference_logps)
-    all_counts = {**counts, "boundary_moves": encoder.boundary_moves, "pairs": objective.pairs, "ties_left_out": objective.tied}
+    objective = Preferences(model, encoder, processes, options, items=items)
+    objective.keep_to_whole_steps(seed=run_directory.seed)
+    reference = inputs.get("reference")
+    source = Reference(
+        lambda: model if reference is None else _load_reference(reference, encoder, processes), encoder.digest, encoder.pad_id
+    )
+    logps, reused = reference_logps(run_directory, source, objective.reference_rows(), processes)
+    objective.set_reference(logps)
+    all_counts = {**counts, "boundary_moves": encoder.boundary_moves, **objective.counts(), **reused}
     run_directory.event("counts", **all_counts)
-    train(Training(run_directory, processes, options, model, encoder, objective, all_counts), batch=options.batch_rankings)
+    watch = ChosenWatch(run_directory, start=0.0 if reference is None else None)
+    train(Training(run_directory, processes, options, model, encoder, objective, all_counts, watch), batch=options.batch_rankings)
 
 
 class Preferences:
-    """The DPO objective: mean over rankings of the mean over a ranking's preference pairs; ties make no pair."""
+    """The preference objective: mean over rankings of what `options.loss` makes of a ranking."""
 
     def __init__(
-        self,
-        model: Any,
-        encoder: Encoder,
-        processes: Processes,
-        options: DPOOptions,
-        *,
-        items: dict[str, list[EncodedRanking]],
-        reference_logps: dict[str, list[Tensor]],
+        self, model: Any, encoder: Encoder, processes: Processes, options: DPOOptions, *, items: dict[str, list[EncodedRanking]]
     ) -> None:
-        """Args: reference_logps: for each split and item, (K,) float32 summed log-probabilities under the reference."""
         self.model = model
         self.pad_id = encoder.pad_id
         self.processes = processes
         self.options = options
+        self.kind = LOSS_KINDS[options.loss]
         self.items, self.held_out = items["train"], items["held_out"]
-        self.reference_logps = reference_logps
-        self.targets = [pair_weights(item.rankings, item.size, ties="drop") for item in self.items]
+        try:
+            self.targets = [target(item.rankings, item.size, options) for item in self.items]
+            self.held_out_targets = [target(item.rankings, item.size, options) for item in self.held_out]
+        except ValueError as error:
+            raise InputError(str(error), remedy="Use another treatment of ties.") from error
         self.keys = [item.key for item in self.items]
         self.budget = options.tokens_per_micro_batch
-        self.weights = [target.weight for target in self.targets]
+        self.weights = [one.weight for one in self.targets]
         self.costs = [item.tokens for item in self.items]
-        self.pairs = sum(target.pairs for target in self.targets)
-        self.tied = sum(target.tied for target in self.targets)
         self.extra: list[tuple[nn.Parameter, float]] = []
+        self.mismatched = Mismatched(self.items, encoder) if options.loss == "kto" else None
+        self.held_out_mismatched = Mismatched(self.held_out, encoder) if options.loss == "kto" else None
+        self.whole_steps: frozenset[frozenset[int]] | None = None
+
+    def keep_to_whole_steps(self, *, seed: int) -> None:
+        """A loss of a whole step is computed in one piece or not at all: raises InputError where the step would be cut."""
+        if self.kind.takes != "step":
+            return
+        if self.processes.world > 1:
+            raise InputError(
+                f"loss = {self.kind.name} takes all rankings of a step at once; {self.processes.world} processes would each see a part.",
+                remedy="Run it in one process.",
+            )
+        batches = plan(self.weights, self.options, batch=self.options.batch_rankings, seed=seed)
+        most = max(sum(self.costs[index] for index in batch) for batch in batches)
+        if any(len(micro_batches([self.costs[index] for index in batch], budget=self.budget)) > 1 for batch in batches):
+            raise InputError(
+                f"loss = {self.kind.name} takes all rankings of a step at once, and micro-batches of {self.budget} tokens cut it.",
+                remedy=f"Set tokens_per_micro_batch to at least {most}, or a smaller batch_rankings.",
+            )
+        self.whole_steps = frozenset(frozenset(batch) for batch in batches)
+
+    def reference_rows(self) -> list[list[Row]]:
+        """Every row whose log-probability under the reference is needed, those of one prompt together."""
+        units = [[Row(item.prompt_ids, row) for row in item.rows] for item in (*self.items, *self.held_out)]
+        for mismatched in (self.mismatched, self.held_out_mismatched):
+            units += [[row] for row in mismatched.rows] if mismatched else []
+        return units
+
+    def set_reference(self, logps: Sequence[Tensor]) -> None:
+        """Args: logps: (rows,) float32 for each unit of `reference_rows`, in its order."""
+        items = [*self.items, *self.held_out]
+        by_item = [logps[number][torch.tensor(item.places)] for number, item in enumerate(items)]
+        self.reference_logps, self.held_out_reference = by_item[: len(self.items)], by_item[len(self.items) :]
+        rest = torch.cat([*logps[len(items) :], torch.zeros(0)])
+        for mismatched in (self.mismatched, self.held_out_mismatched):
+            if mismatched:
+                mismatched.reference, rest = rest[: len(mismatched.rows)], rest[len(mismatched.rows) :]
+
+    def counts(self) -> dict[str, Any]:
+        tied = sum(one.tied for one in self.targets)
+        counts: dict[str, Any] = {"pairs": sum(one.pairs for one in self.targets), "ties": tied}
+        if self.options.ties == "drop":
+            counts["ties_left_out"] = tied
+        counts["rankings_without_a_pair"] = sum(one.silent for one in self.targets)
+        return {**counts, "tied_first": tied_keys(self.items)}
 
     def denominator(self, indices: Sequence[int]) -> float:
         return sum(self.weights[index] for index in indices)
 
     def forward(self, indices: Sequence[int]) -> tuple[Tensor, Sums]:
-        items = [self.items[index] for index in indices]
+        if self.whole_steps is not None and frozenset(indices) not in self.whole_steps:
+            raise InputError(f"loss = {self.kind.name} needs its whole step in one micro-batch.", remedy="Set a smaller batch_rankings.")
+        items, targets = [self.items[index] for index in indices], [self.targets[index] for index in indices]
         rows, places = gather_rows(items)
-        device, size = self.processes.device, places.shape[1]
-        policy = self._logps(rows)[places.to(device)]
-        reference = _fill([self.reference_logps["train"][index] for index in indices], size).to(device)
-        wins = stack([self.targets[index].wins for index in indices], size).to(device)
-        if self.options.length_normalised:
-            lengths = _lengths(items, size).to(device)
-            policy, reference = policy / lengths, reference / lengths
-        losses = dpo_losses(policy, reference, wins, beta=self.options.beta, label_smoothing=self.options.label_smoothing)
-        sums = self._sums(policy.detach(), reference, wins)
+        logps = self._logps(rows)[places.to(self.processes.device)]
+        reference = _fill([self.reference_logps[index] for index in indices], places.shape[1])
+        shift = self.mismatched.shift(indices, self._logps) if self.mismatched else 0.0
+        batch = compare(targets, logps, reference, _lengths(items, places.shape[1]), shift=shift)
+        losses = preference_losses(batch, self.options)
+        strict = stack([one.strict for one in targets], places.shape[1]).to(logps.device)
+        sums = preference_sums(batch, strict, self.options, dtype=self.processes.dtype)
         sums["loss"] = (losses.detach().sum(), self.denominator(indices))
+        if self.mismatched:
+            sums["kl_mismatched_nats"] = (float(shift) * len(indices), len(indices))
         return losses.sum(), sums
-
-    def _sums(self, policy: Tensor, reference: Tensor, wins: Tensor) -> Sums:
-        """Chosen and rejected apart: when both fall, a growing margin hides it."""
-        weight = wins.sum()
-        margins = implicit_margins(policy, reference)
-        ratios = policy - reference
-        chosen, rejected = wins.sum(2), wins.sum(1)
-        return {
-            "accuracy": ((wins * (margins.sign() + 1) / 2).sum(), weight),
-            "margin": (self.options.beta * (wins * margins).sum(), weight),
-            "chosen_logps": ((chosen * policy).sum(), weight),
-            "rejected_logps": ((rejected * policy).sum(), weight),
-            "chosen_log_ratio": ((chosen * ratios).sum(), weight),
-            "rejected_log_ratio": ((rejected * ratios).sum(), weight),
-        }
 
     def evaluate(self) -> dict[str, float]:
         """On held-out rankings: loss, implicit-reward accuracy with its 95 % interval (bootstrap over prompts), log-ratios.
@@ -120,32 +155,35 @@ class Preferences:
         `kl_reference_policy_k1_nats` is the mean of log reference - log policy over completions: an estimate of KL(reference || policy)
         for a whole completion as far as the reference wrote them. KL(policy || reference) needs samples of the policy: see `evaluate`.
         """
-        if not self.held_out:
-            return {}
-        rows, places = gather_rows(self.held_out)
-        points = measured(rows, self.processes, self._logps)[places]
-        size = places.shape[1]
-        reference = _fill(self.reference_logps["held_out"], size)
-        real = _lengths(self.held_out, size, missing=0) > 0
-        kl = float(((reference - points) * real).sum() / real.sum())
-        if self.options.length_normalised:
-            lengths = _lengths(self.held_out, size)
-            points, reference = points / lengths, reference / lengths
-        targets = [pair_weights(item.rankings, item.size, ties="drop") for item in self.held_out]
-        wins = stack([target.wins for target in targets], size)
-        losses = dpo_losses(points, reference, wins, beta=self.options.beta, label_smoothing=self.options.label_smoothing)
-        weight = sum(target.weight for target in targets)
+        weight = sum(one.weight for one in self.held_out_targets)
         if not weight:
             return {}
-        metrics = {name: float(top) / float(bottom) for name, (top, bottom) in self._sums(points, reference, wins).items()}
-        ratios = points - reference
+        rows, places = gather_rows(self.held_out)
+        size = places.shape[1]
+        shift = 0.0
+        if self.held_out_mismatched:
+            numbers = range(len(self.held_out))
+            shift = float(self.held_out_mismatched.shift(numbers, lambda some: measured(some, self.processes, self._logps)))
+        reference, lengths = _fill(self.held_out_reference, size), _lengths(self.held_out, size, missing=0)
+        logps = measured(rows, self.processes, self._logps)[places]
+        batch = compare(self.held_out_targets, logps, reference, lengths.clamp(min=1), shift=shift)
+        strict = stack([one.strict for one in self.held_out_targets], size)
+        sums = preference_sums(batch, strict, self.options, dtype=self.processes.dtype)
+        metrics = {name: float(top) / float(bottom) for name, (top, bottom) in sums.items() if float(bottom)}
+        real = lengths > 0
+        metrics["loss"] = float(preference_losses(batch, self.options).sum()) / weight
+        metrics["kl_reference_policy_k1_nats"] = float(((reference - logps) * real).sum() / real.sum())
+        return {**metrics, **self._held_out_accuracy(batch)}
+
+    def _held_out_accuracy(self, batch: Compared) -> dict[str, float]:
+        points = settled_rewards(batch, self.options, dtype=self.processes.dtype)
         judged = [
-            Judged(item.digest, ratio[: item.size].tolist(), item.rankings) for item, ratio in zip(self.held_out, ratios, strict=True)
+            Judged(item.digest, point[: item.size].tolist(), item.rankings) for item, point in zip(self.held_out, points, strict=True)
         ]
         share = accuracy(judged)
-        assert share is not None
-        metrics |= {"accuracy": share.share, "accuracy_low": share.low, "accuracy_high": share.high, "pairs": share.pairs}
-        return {**metrics, "loss": float(losses.sum()) / weight, "kl_reference_policy_k1_nats": kl}
+        if share is None:
+            return {}
+        return {"accuracy": share.share, "accuracy_low": share.low, "accuracy_high": share.high, "pairs": share.pairs}
 
     def notes(self) -> dict[str, Any]:
         return {}
@@ -162,6 +200,7 @@ class Preferences:
 
 
 def _fill(values: Sequence[Tensor], size: int) -> Tensor:
+    """(B, size) of vectors of up to `size` numbers; the rest is 0."""
     filled = torch.zeros(len(values), size)
     for place, value in enumerate(values):
         filled[place, : len(value)] = value
@@ -176,48 +215,7 @@ def _lengths(items: Sequence[EncodedRanking], size: int, *, missing: float = 1) 
     return lengths
 
 
-def _reference_logps(
-    run_directory: RunDirectory,
-    model: Any,
-    encoder: Encoder,
-    processes: Processes,
-    *,
-    options: DPOOptions,
-    items: dict[str, list[EncodedRanking]],
-) -> dict[str, list[Tensor]]:
-    """Log-probabilities under the reference, once for each distinct completion, kept in the run directory for when the run resumes.
-
-    Without `inputs.reference` the reference is the policy as it stands now, before any step.
-    """
-    name = run_directory.inputs.get("reference")
-    rows, places = gather_rows([*items["train"], *items["held_out"]])
-    key = json.dumps({"encoder": encoder.digest, "rows": len(rows), "reference": name or run_directory.inputs["model"]}, sort_keys=True)
-    file = run_directory.path / REFERENCE_FILE
-    logps = _read_logps(file, key)
-    if logps is None:
-        reference = model if name is None else _load_reference(name, encoder, processes)
-
-        def compute(some: Sequence[Row]) -> Tensor:
-            return row_logps(reference, some, encoder.pad_id, device=processes.device, budget=options.tokens_per_micro_batch)
-
-        logps = measured(rows, processes, compute)
-        if processes.is_main:
-            beside = file.with_name(f".{file.name}.new")
-            save_file({"logps": logps}, beside, metadata={"key": key})
-            beside.replace(file)
-        processes.barrier()
-    of_item = [logps[place[: item.size]] for place, item in zip(places, [*items["train"], *items["held_out"]], strict=True)]
-    return {"train": of_item[: len(items["train"])], "held_out": of_item[len(items["train"]) :]}
-
-
 def _load_reference(name: str, encoder: Encoder, processes: Processes) -> Any:
     if Encoder.load(name, template=encoder.template).digest != encoder.digest:
         raise InputError(f"The reference {name} encodes text differently from the policy.", remedy="Use a reference of the same tokenizer.")
     return load_policy(name, device=processes.device).eval().requires_grad_(False)
-
-
-def _read_logps(file: Path, key: str) -> Tensor | None:
-    if not file.exists():
-        return None
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor("logps") if (opened.metadata() or {}).get("key") == key else None

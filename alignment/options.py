@@ -1,8 +1,10 @@
 """Options of the policy methods. No torch and no Django here: the command line checks them before anything starts."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+from alignment.loss_kinds import LOSS_KINDS
 from training.options import TrainingOptions, require
 
 
@@ -24,19 +26,77 @@ class SFTOptions(TrainingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DPOOptions(TrainingOptions):
-    """`batch_rankings` rankings make one step; each is the mean over its preference pairs, and ties are left out and counted."""
+    """`batch_rankings` rankings make one step; each is the mean over its pairs. `loss` is a name of `loss_kinds`."""
 
     batch_rankings: int = 32
     learning_rate: float = 1e-4
-    beta: float = 0.1
+    loss: str = "sigmoid"
+    beta: float = 0.1  # its size depends on the loss: 0.1 with sigmoid, 2 with simpo, 5 with sigmoid_norm
+    ties: Literal["drop", "half", "rao_kupper", "davidson"] = "drop"  # no pair; half a win each way; an outcome with a probability
+    tie_probability: float = 0.5  # between equals, with rao_kupper and davidson (0.5 is nu = 3 and nu = 1)
     label_smoothing: float = 0.0  # the share of preferences taken to be the wrong way round
     length_normalised: bool = False  # log-probabilities per token instead of summed
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    alpha_divergence_coefficient: float = 0.5
+    strength_margin: float = 0.0  # implicit reward to be ahead by, for one unit of stated strength
+    rater_weights: Literal["none", "agreement"] = "none"
+    sft_weight: float | None = None  # of the NLL per token of the best band; None: 1 with orpo and cpo, 0 with all others
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    desirable_weight: float = 1.0  # kto
+    undesirable_weight: float = 1.0
+
+    @property
+    def nll_weight(self) -> float:
+        return LOSS_KINDS[self.loss].sft_weight if self.sft_weight is None else self.sft_weight
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
+        near = difflib.get_close_matches(self.loss, LOSS_KINDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        require(self.loss in LOSS_KINDS, f"there is no loss {self.loss!r}.{hint} Known: {', '.join(LOSS_KINDS)}.")
         require(self.batch_rankings >= 1, "batch_rankings must be at least 1.")
-        require(self.beta > 0, "beta must be positive.")
+        for name in ("beta", "discopop_tau"):
+            require(getattr(self, name) > 0, f"{name} must be positive.")
+        for name in ("strength_margin", "nll_weight", "desirable_weight", "undesirable_weight"):
+            require(getattr(self, name) >= 0, f"{name.replace('nll', 'sft')} must not be negative.")
+        require(0 < self.tie_probability < 1, "tie_probability must be above 0 and below 1.")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing must be at least 0 and below 0.5.")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        """Refuse what the chosen loss would pass over in silence, or what has no meaning."""
+        kind = LOSS_KINDS[self.loss]
+        _refuse(self.label_smoothing > 0 and not kind.smoothing, self.loss, "label_smoothing", "has no term for flipped preferences")
+        _refuse(
+            self.f_divergence != "reverse_kl" and not kind.divergence,
+            self.loss,
+            "f_divergence",
+            "needs rewards whose unknown constant cancels between two completions; only reverse_kl fits",
+        )
+        _refuse(self.strength_margin > 0 and not kind.margin, self.loss, "strength_margin", "has no margin that could be taken off")
+        require(
+            not self.length_normalised or (not kind.per_token and self.loss != "sft"),
+            f"loss = {self.loss} is per token by itself: leave length_normalised out.",
+        )
+        _refuse(
+            self.length_normalised and self.loss == "kto", "kto", "length_normalised", "measures rewards from the KL of whole completions"
+        )
+        require(self.loss != "exo_pair" or self.label_smoothing > 0, "loss = exo_pair needs label_smoothing above 0 (0.001 in its paper).")
+        require(self.loss != "sft" or self.sft_weight is None, "loss = sft is the NLL of the best band alone: leave sft_weight out.")
+        require(
+            self.loss != "sft" or self.ties == "drop",
+            "loss = sft looks at the best band alone, and ties cannot change it: use ties = drop.",
+        )
+        if self.ties in ("rao_kupper", "davidson"):
+            reason = f"ties = {self.ties} is a likelihood of its own, of win, tie and loss: it stands in place of loss = sigmoid"
+            require(self.loss == "sigmoid", f"{reason}. Use loss = sigmoid, or ties = drop or half.")
+            _refuse(self.label_smoothing > 0, f"sigmoid with ties = {self.ties}", "label_smoothing", "has no term for flipped preferences")
+            _refuse(self.strength_margin > 0, f"sigmoid with ties = {self.ties}", "strength_margin", "would no longer be a probability")
+
+
+def _refuse(when: bool, loss: str, option: str, reason: str) -> None:
+    require(not when, f"{option} cannot go with loss = {loss}, which {reason}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +116,9 @@ class PPOOptions(TrainingOptions):
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     missing_eos_penalty: float = 1.0  # taken from the score of a completion that was cut
+
+    reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, where the reward model is an ensemble
+    spread_weight: float = 1.0  # of the spread in mean_minus_spread
 
     kl_coefficient: float = 0.05  # reward per nat of k1; the first one, where a target adapts it
     kl_target_nats: float = 0.0  # KL of whole completions to keep to; 0: the coefficient stays fixed
@@ -82,7 +145,7 @@ class PPOOptions(TrainingOptions):
         TrainingOptions.__post_init__(self)
         for name in ("prompts_per_step", "samples_per_prompt", "passes", "minibatches", "kl_horizon_episodes", "evaluation_prompts"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1.")
-        for name in ("missing_eos_penalty", "kl_coefficient", "kl_target_nats", "value_clip_range", "value_learning_rate"):
+        for name in ("missing_eos_penalty", "kl_coefficient", "kl_target_nats", "value_clip_range", "value_learning_rate", "spread_weight"):
             require(getattr(self, name) >= 0, f"{name} must not be negative.")
         for name in ("temperature", "clip_range"):
             require(getattr(self, name) > 0, f"{name} must be positive.")
@@ -101,9 +164,15 @@ class PPOOptions(TrainingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """`samples` completions of each prompt of a split. Here top_k and top_p are allowed: nothing is trained on their log-probabilities."""
+    """`samples` completions of each prompt of a split. Here top_k and top_p are allowed: nothing is trained on their log-probabilities.
+    With a reward model more `candidates` may be drawn than are kept."""
 
     samples: int = 4
+    candidates: int = 0  # drawn for each prompt, `samples` of them kept; 0: as samples
+    keep: Literal["first", "best", "uncertain"] = "first"  # by score, or the set whose order the reward model's members dispute most
+    reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, for best
+    spread_weight: float = 1.0
+    most_uncertain_prompts: int = 0  # keep only so many prompts, the most disputed ones; 0: all
     split: Literal["all", "train", "held_out"] = "all"
     max_prompts: int = 0  # the first so many; 0: all
     temperature: float = 1.0
@@ -119,7 +188,25 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         _check_sampling(self)
-        require(not self.greedy or self.samples == 1, "greedy writes the same text each time: set samples = 1.")
+        require(not self.greedy or self.drawn == 1, "greedy writes the same text each time: set samples = 1, and no candidates.")
+        require(self.candidates == 0 or self.candidates >= self.samples, "candidates must be at least samples (0: as samples).")
+        require(
+            (self.keep == "first") == (self.drawn == self.samples),
+            "keep = best or uncertain chooses `samples` of more `candidates`: give both, or neither.",
+        )
+        require(self.spread_weight >= 0, "spread_weight must not be negative.")
+        require(self.most_uncertain_prompts >= 0, "most_uncertain_prompts must not be negative.")
+        disputes = self.keep == "uncertain" or self.most_uncertain_prompts
+        require(not disputes or self.samples >= 2, "a dispute is about pairs: set samples = 2 or more.")
+
+    @property
+    def drawn(self) -> int:
+        """Completions drawn for each prompt."""
+        return self.candidates or self.samples
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return self.keep != "first" or bool(self.most_uncertain_prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

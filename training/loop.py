@@ -1,7 +1,7 @@
 """The one loop that SFT, the reward model and DPO share: batches, steps, events, evaluation, checkpoints, and the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Training:
     encoder: Encoder
     objective: Objective
     counts: dict[str, Any] = field(default_factory=dict)
+    watch: Callable[[int, dict[str, float]], None] | None = None  # told each report: the step, and metrics over all processes
 
 
 def plan(weights: Sequence[float], options: TrainingOptions, *, batch: float, seed: int) -> list[list[int]]:
@@ -128,7 +129,7 @@ class Loop:
         return update
 
     def report(self, done: int, update: Update) -> None:
-        self.progress.report(
+        metrics = self.progress.report(
             done,
             self.sums,
             tokens=self.tokens,
@@ -138,6 +139,8 @@ class Loop:
             out_of_memory=float(self.gradients.out_of_memory),
         )
         self.sums, self.tokens = {}, 0.0
+        if self.training.watch is not None:
+            self.training.watch(done, metrics)
 
     def save(self, step: int) -> None:
         """Every process comes here; the first one writes. Sums since the last report are kept, so that no metric has a hole."""
