@@ -13,7 +13,7 @@ import numpy as np
 from rewardmodel.accuracy import Judged, clustered_interval, pair_counts
 
 LEAST_PAIRS_IN_A_BIN = 10
-COLDEST, HOTTEST = 0.01, 100.0  # temperatures beyond these are reported as these
+COLDEST, HOTTEST = 0.01, 100.0  # limits of a temperature
 NEWTON_STEPS = 50
 
 
