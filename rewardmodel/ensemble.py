@@ -110,16 +110,10 @@ def mean_disagreement(pairs: Tensor, chosen: Sequence[int]) -> float:
     return float(among.sum() / (len(chosen) * (len(chosen) - 1)))
 
 
-def on_one_scale(scores: Tensor) -> Tensor:
-    """(N, M) scores, each member divided by its standard deviation over them, so that none outweighs the others in the mean; those of
-    one member as they are."""
-    return scores if scores.shape[-1] == 1 else scores / scores.std(0, correction=0).clamp(min=1e-6)
-
-
 def spread_report(scores: Sequence[Tensor], wins: Sequence[np.ndarray]) -> dict[str, float]:
     """Whether spread tells where the mean is wrong.
 
-    Args:    for each held-out prompt, scores (K, M), each member on one scale, and wins (K, K): how many rankings put i before j.
+    Args:    for each held-out prompt, scores (K, M), each member normalised, and wins (K, K): how many rankings put i before j.
     Returns: `spread`: mean standard deviation over members of a completion's score;  `accuracy_low_spread`,
              `accuracy_high_spread`: share of preference pairs that the mean orders as people did (equal scores half), among
              the third of the pairs whose margin has the least spread over members, and the third with the most. {} for one member or

@@ -48,10 +48,14 @@ class RewardNotes:
     def scales(self) -> tuple[float, ...]:
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
 
+    def normalise(self, scores: Tensor) -> Tensor:
+        """(..., M) scores -> the same, each member at mean 0 and standard deviation 1 on the training completions."""
+        return (scores - torch.tensor(self.means)) / torch.tensor(self.scales)
+
     def in_log_odds(self, scores: Tensor) -> Tensor:
         """(N, M) scores of the members, before normalisation -> (N,): the mean of the normalised ones, in the members' usual scale, so
         that differences are log-odds before `temperature`."""
-        return ((scores - torch.tensor(self.means)) / torch.tensor(self.scales)).mean(-1) * fmean(self.scales)
+        return self.normalise(scores).mean(-1) * fmean(self.scales)
 
     def win_probability(self, difference: Tensor) -> Tensor:
         """Probability that people put the first of two completions before the second, if they do not tie them.
@@ -136,8 +140,7 @@ class Scorer:
             return row_scores(self.model, rows, self.encoder.pad_id, device=self.device, budget=self.budget).cpu()
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """(..., M) scores -> the same, each member at mean 0 and standard deviation 1 on the training completions."""
-        return (raw - torch.tensor(self.notes.means)) / torch.tensor(self.notes.scales)
+        return self.notes.normalise(raw)
 
     def views(self, raw: Tensor) -> Views:
         """What the members say together of (B, M) scores: mean, spread and worst, in normalised reward."""

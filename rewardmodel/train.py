@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewardmodel.accuracy import pair_counts
 from rewardmodel.counts import encode_counted
 from rewardmodel.curve import curve_row, learn_shares, prompts_of_share
-from rewardmodel.ensemble import bootstrap_weights, member_losses, on_one_scale, spread_report
+from rewardmodel.ensemble import bootstrap_weights, member_losses, spread_report
 from rewardmodel.losses import pair_weights, ranking_losses, stack, start_of_log_nu
 from rewardmodel.network import Ensemble, load_reward_model
 from rewardmodel.options import RewardOptions
@@ -154,14 +154,15 @@ class Scores:
         self.normalisation = normalisation(measured(train_rows[:: -(-len(train_rows) // NORMALISED_ON)], self.processes, self._scores))
         rows, places = _rows_of(self.held_out)
         by_member = measured(rows, self.processes, self._scores)
-        points = RewardNotes(**self.normalisation).in_log_odds(by_member)
+        notes = RewardNotes(**self.normalisation)
+        points = notes.in_log_odds(by_member)
         samples = self.options.bootstrap_samples
         self.report = held_out_report(self.held_out, [points[place].tolist() for place in places], samples=samples)
         if not self.report.metrics:
             return {}
-        scaled = on_one_scale(by_member)
-        spread = spread_report([scaled[place] for place in places], [pair_counts(item.rankings, item.size) for item in self.held_out])
-        self.figures = {**self.report.metrics, **spread, **self._likelihood(by_member.mean(-1), places)}
+        by_member = notes.normalise(by_member)
+        spread = spread_report([by_member[place] for place in places], [pair_counts(item.rankings, item.size) for item in self.held_out])
+        self.figures = {**self.report.metrics, **spread, **self._likelihood(points, places)}
         return self.figures
 
     def _likelihood(self, points: Tensor, places: list[Tensor]) -> dict[str, float]:

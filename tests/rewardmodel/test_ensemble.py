@@ -10,7 +10,6 @@ from rewardmodel.ensemble import (
     mean_disagreement,
     member_losses,
     most_disputed,
-    on_one_scale,
     spread_report,
     views,
 )
@@ -95,12 +94,6 @@ def test_a_planted_dispute_is_chosen():
     for wrong in (1, 7):
         with pytest.raises(ValueError, match="count"):
             most_disputed(pairs, wrong)
-
-
-def test_no_member_outweighs_the_others_in_the_mean():
-    scores = torch.randn(30, 3, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(on_one_scale(scores * torch.tensor([1.0, 100.0, 0.01])), on_one_scale(scores))
-    assert torch.equal(on_one_scale(scores[:, :1]), scores[:, :1])
 
 
 def test_spread_is_told_apart_where_it_says_when_the_mean_is_wrong():
