@@ -63,7 +63,14 @@ METHODS: dict[str, Method] = {
             ("reference",),
             makes="policy",
         ),
-        Method("generate", "Write new completions", "alignment.options:GenerateOptions", "prompts", ("model", "data"), ("reference",)),
+        Method(
+            "generate",
+            "Write new completions",
+            "alignment.options:GenerateOptions",
+            "prompts",
+            ("model", "data"),
+            ("reference", "reward_model"),
+        ),
         Method(
             "evaluate",
             "Compare two policies",

@@ -2,8 +2,9 @@
 
 One step: prompts in an order that follows from the seed; completions sampled from the policy at one temperature; each scored by the reward
 model at its last real token; the KL to the reference taken from the reward token by token; generalised advantages from a value model that
-starts as the reward model; then some passes of minibatches with clipped losses. Between steps there is nothing but weights, optimiser
-states, the KL coefficient and counters, so a checkpoint there is the whole state, and on a CPU a resumed run is the run, bit for bit.
+starts as the reward model (with several members as their mean; with adapters as the first); then some passes of minibatches with clipped
+losses. Between steps there is nothing but weights, optimiser states, the KL coefficient and counters, so a checkpoint there is the whole
+state, and on a CPU a resumed run is the run, bit for bit.
 
 Sources: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155;
 Huang et al. 2024, arXiv:2403.17031 (the details that matter).
@@ -271,7 +272,7 @@ class PPO:
         if self.processes.is_main:
             value_folder = self.run.path / "value_model"
             save_model(self.actors.policy, self.actors.encoder, self.run.model_folder)
-            save_model(self.actors.value, self.actors.encoder, value_folder, notes=self.actors.value_notes())
+            save_model(self.actors.value, self.actors.encoder, value_folder, notes=self.actors.value_files())
             artefacts = {
                 "model": str(self.run.model_folder),
                 "weights": {file.name: file_digest(file) for file in sorted(self.run.model_folder.glob("*.safetensors"))},

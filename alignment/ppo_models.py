@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from alignment.experience import Experience, by_token, join, pack_left, padded_samples
 from alignment.options import PPOOptions
 from alignment.rollout import Sample, Sampling, sample_completions
-from rewardmodel.network import HEAD, load_reward_model, token_values
-from rewardmodel.score import REWARD_FILE, Scorer
+from rewardmodel.network import load_value_model, token_values
+from rewardmodel.score import REWARD_FILE, RewardNotes, Scorer
 from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import Lora, completion_logps, frozen_copy, load_policy, reference
@@ -23,11 +23,12 @@ from training.rundir import RunDirectory
 
 @dataclass(slots=True)
 class Actors:
-    """`reference` is None where the policy's own adapter can be switched off. Values and scores are normalised alike."""
+    """`reference` is None where the policy's own adapter can be switched off. Values are in the units of the scores: `value_notes` say how."""
 
     policy: Any
     reference: Any | None
     value: Any
+    value_notes: RewardNotes
     scorer: Scorer
     encoder: Encoder
     options: PPOOptions
@@ -74,7 +75,7 @@ class Actors:
             with reference(self.policy, self.reference) as frozen:
                 reference_logps = self._by_token(rows, lambda padded: self.logps(frozen, padded))
             values = self._by_token(rows, self.values) if with_values else torch.zeros_like(logps)
-            raw = self.scorer.raw_scores([self._as_judged(sample) for sample in drawn])
+            judged = self.scorer.views(self.scorer.raw_scores([self._as_judged(sample) for sample in drawn]))
         return Experience(
             rows=rows,
             mask=mask,
@@ -82,7 +83,8 @@ class Actors:
             entropies=entropies,
             reference_logps=reference_logps,
             values=values,
-            scores=self.scorer.normalise(raw),
+            scores=judged.of(self.options.reward_view, self.options.spread_weight),
+            spreads=judged.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )
 
@@ -104,7 +106,8 @@ class Actors:
     def values(self, padded: Padded) -> Tensor:
         """(B, T): expected score before each completion token, read at the token before it, in normalised reward."""
         raw = token_values(self.value, padded.input_ids, padded.attention_mask)
-        return pack_left(self.scorer.normalise(raw), padded, self.options.max_completion_tokens, before=1)
+        normalised = (raw - self.value_notes.means[0]) / self.value_notes.scales[0]
+        return pack_left(normalised, padded, self.options.max_completion_tokens, before=1)
 
     def _as_judged(self, sample: Sample) -> Row:
         """The reward model learnt from completions that end in one token; a policy with several stop tokens is scored on that one."""
@@ -112,8 +115,9 @@ class Actors:
             return Row(sample.prompt_ids, [*sample.completion_ids[:-1], self.encoder.end_id])
         return sample.row
 
-    def value_notes(self) -> dict[str, Any]:
-        return {REWARD_FILE: self.scorer.notes.as_json()}
+    def value_files(self) -> dict[str, Any]:
+        """What belongs beside the saved value model."""
+        return {REWARD_FILE: self.value_notes.as_json()}
 
 
 def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, processes: Processes) -> Actors:
@@ -128,9 +132,13 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
             f"The reward model {inputs['reward_model']} reads other tokens or another template than the policy {inputs['model']} writes.",
             remedy="Train the reward model from the same starting model (or one with the same tokenizer and template).",
         )
+    if options.reward_view != "mean":
+        scorer.require_members(f"reward_view = {options.reward_view} looks at several")
     shared: dict[str, Any] = {"device": device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
     policy = load_policy(inputs["model"], lora=Lora.of(options), **shared)
-    value = load_reward_model(inputs["reward_model"], lora=Lora.of(options, keep=(HEAD,)), **shared)
+    value, mean, scale = load_value_model(
+        inputs["reward_model"], (scorer.notes.means, scorer.notes.scales), lora=Lora.of(options), **shared
+    )
     frozen = None
     if inputs.get("reference"):
         if Encoder.load(inputs["reference"], template=options.template).digest != encoder.digest:
@@ -138,4 +146,5 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
         frozen = load_policy(inputs["reference"], device=device).eval().requires_grad_(False)
     elif not options.lora_rank:
         frozen = frozen_copy(policy)
-    return Actors(policy, frozen, value, scorer, encoder, options, processes)
+    value_notes = replace(scorer.notes, mean=mean, scale=scale)
+    return Actors(policy, frozen, value, value_notes, scorer, encoder, options, processes)

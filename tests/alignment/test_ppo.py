@@ -209,7 +209,7 @@ def test_scores_are_those_of_the_reward_model_and_a_cut_completion_pays(home: Pa
     assert not experience.finished.all()
     sums = setting.aims.rewards.sum(1)
     assert torch.allclose(sums, experience.scores - 2.0 * (~experience.finished).float(), atol=1e-6)
-    expected = setting.actors.scorer.normalise(setting.actors.scorer.raw_scores(experience.rows))
+    expected = setting.actors.scorer.views(setting.actors.scorer.raw_scores(experience.rows)).mean
     assert torch.allclose(experience.scores, expected, atol=1e-6)
 
 

@@ -1,0 +1,84 @@
+"""Which of a policy's candidates are kept for raters: the first, the best by a reward model, or those its members disagree about most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignment.answers import Policy
+from alignment.options import GenerateOptions
+from alignment.rollout import Sample
+from rewardmodel.ensemble import disagreement, mean_disagreement, most_disputed
+from rewardmodel.score import Scorer
+from training.processes import Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One kept completion. `score` (`mean`, `spread`, `worst`, in normalised reward) and `disagreement` (of its prompt's kept completions,
+    `rewardmodel.ensemble.disagreement`) are None without a reward model, and the latter without several members."""
+
+    sample: Sample
+    score: dict[str, float] | None = None
+    disagreement: float | None = None
+
+
+class Judge:
+    """A reward model that looks at the candidates of each prompt.
+
+    A prompt's candidates are scored by themselves, whatever else a block holds: which ones are kept then depends neither on where a run
+    was resumed nor on the number of processes.
+    """
+
+    def __init__(self, scorer: Scorer, options: GenerateOptions, processes: Processes) -> None:
+        self.scorer = scorer
+        self.options = options
+        self.processes = processes
+
+    @classmethod
+    def load(cls, reward_model: Any, options: GenerateOptions, processes: Processes) -> "Judge":
+        """Raises:  InputError if the options ask for several members and the reward model has one."""
+        scorer = Scorer.load(reward_model, device=processes.device)
+        if options.keep == "uncertain" or options.most_uncertain_prompts:
+            scorer.require_members("keep = uncertain and most_uncertain_prompts ask where members disagree")
+        if options.keep == "best" and options.reward_view != "mean":
+            scorer.require_members(f"reward_view = {options.reward_view} looks at several members")
+        return cls(scorer, options, processes)
+
+    def choose(self, policy: Policy, block: Sequence[tuple[int, list[Sample]]]) -> list[tuple[int, list[Kept]]]:
+        """The kept completions of each prompt of a block, in order of choice; the work is shared, and every process has all of it."""
+        mine = block[self.processes.rank :: self.processes.world]
+        with self.processes.autocast():
+            chosen = [(place, self._kept(policy, place, samples)) for place, samples in mine]
+        return sorted((pair for part in self.processes.gather(chosen) for pair in part), key=lambda pair: pair[0])
+
+    def _kept(self, policy: Policy, place: int, samples: Sequence[Sample]) -> list[Kept]:
+        texts = [policy.encoder.decode(sample.completion_ids) for sample in samples]
+        messages = policy.prompts[place].messages
+        raw = self.scorer.raw_scores(self.scorer.rows([(messages, text) for text in texts]))
+        views = self.scorer.views(raw)
+        pairs = disagreement(raw)
+        count = self.options.samples
+        if self.options.keep == "best":
+            order = best_first(views.of(self.options.reward_view, self.options.spread_weight).tolist(), texts)[:count]
+        elif self.options.keep == "uncertain":
+            order = most_disputed(pairs, count)
+        else:
+            order = list(range(count))
+        disputed = mean_disagreement(pairs, order) if self.scorer.members > 1 else None
+        numbers = torch.stack([views.mean, views.spread, views.worst], 1).tolist()
+        return [Kept(samples[n], dict(zip(("mean", "spread", "worst"), numbers[n], strict=True)), disputed) for n in order]
+
+
+def best_first(scores: Sequence[float], texts: Sequence[str]) -> list[int]:
+    """Indices from the highest score to the lowest, earlier ones first between equals; a text that came before goes behind all others,
+    for raters need different ones."""
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    seen: set[str] = set()
+    again = set()
+    for index in order:
+        if texts[index] in seen:
+            again.add(index)
+        seen.add(texts[index])
+    return [index for index in order if index not in again] + [index for index in order if index in again]
