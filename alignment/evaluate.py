@@ -179,14 +179,8 @@ class Evaluation:
         """Scores of the texts as a person would read them: also a text that was cut is scored as if it ended there."""
         if self.scorer is None:
             return [None] * len(texts)
-        special = self.scorer.encoder.tokenizer.all_special_tokens
-        plain = []
-        for text in texts:
-            for token in special:  # a policy may spell one out, letter by letter; it would be read as the end
-                text = text.replace(token, "")  # noqa: PLW2901
-            plain.append(text)
         with self.processes.autocast():
-            return self.scorer.score(list(zip(messages, plain, strict=True)))
+            return self.scorer.score(list(zip(messages, texts, strict=True)))
 
     @torch.no_grad()
     def _kl(self, policy: Policy, samples: Sequence[Sample], reference: Any | None) -> list[tuple[float | None, float | None]]:

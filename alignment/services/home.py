@@ -37,7 +37,8 @@ def round_bring_home(*, round: Round) -> bool:
     """Queue the round's outputs for the raters, once its last `generate` job has succeeded. Call it as often as you like.
 
     Each prompt gets `settings["shown"]` completions, taken in turn from the policies (which one begins changes from prompt to prompt, by
-    hash), so that every policy is shown equally often. Equal texts are shown once; blank ones never; both are counted.
+    hash), so that every policy is shown equally often. Equal texts are shown once; blank ones never; both are counted. With
+    `settings["most_uncertain_prompts"]` only so many prompts come home: those whose completions the reward model's members dispute most.
     """
     jobs = list(round.jobs.filter(method=Job.Method.GENERATE).order_by("id"))
     if round.home_at or not jobs or any(job.state != Job.State.SUCCEEDED for job in jobs):
@@ -64,16 +65,26 @@ def _items(round: Round, jobs: list[Job], counts: Counter[str]) -> Iterator[dict
     shown = min(int(round.settings.get("shown") or MAX_COMPLETIONS), MAX_COMPLETIONS)
     messages: dict[str, list[dict[str, str]]] = {}
     written: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    disputes: dict[str, list[float]] = {}
     for job in jobs:
         for row in _rows(job):
             messages.setdefault(row["key"], row["messages"])
+            disputes.setdefault(row["key"], []).append(row.get("disagreement") or 0.0)
             written.setdefault(row["key"], {}).setdefault(job.name, []).append(_completion(job, row))
-    for key in sorted(written):
+    for key in _most_disputed(round, disputes, counts) if round.settings.get("most_uncertain_prompts") else sorted(written):
         completions = _mix(written[key], key, shown, counts)
         if len(completions) < 2:
             counts["too_few"] += 1
             continue
         yield {"key": next_key(key, round.number), "messages": messages[key], "completions": completions}
+
+
+def _most_disputed(round: Round, disputes: dict[str, list[float]], counts: Counter[str]) -> list[str]:
+    """Keys of the prompts with the highest mean disagreement over their completions, of all policies alike."""
+    order = sorted(disputes, key=lambda key: (-sum(disputes[key]) / len(disputes[key]), key))
+    chosen = order[: round.settings["most_uncertain_prompts"]]
+    counts["less_disputed"] = len(order) - len(chosen)
+    return sorted(chosen)
 
 
 def _rows(job: Job) -> Iterator[dict[str, Any]]:
@@ -86,6 +97,8 @@ def _completion(job: Job, row: dict[str, Any]) -> dict[str, Any]:
     source = job.inputs["model"]
     policy = source["name"] if isinstance(source, dict) else str(source)
     sampling = {**row.get("sampling", {}), "sample": row.get("sample"), "logprob_nats": row.get("logprob_nats")}
+    if row.get("score"):
+        sampling["score"] = row["score"]
     return {"text": row["text"], "policy": policy, "run": job.name, "sampling": sampling}
 
 

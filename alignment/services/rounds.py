@@ -11,6 +11,7 @@ from django.db import transaction
 
 from alignment.methods import options_check
 from alignment.models import Round
+from alignment.options import GenerateOptions
 from alignment.selectors import model_reference
 from alignment.services.home import round_open
 from alignment.services.jobs import JobRequest, job_create
@@ -19,6 +20,7 @@ from annotation.errors import Refused
 from annotation.models import MAX_COMPLETIONS, Project, Prompt, Snapshot, User
 from annotation.services.snapshots import snapshot_create
 from training.errors import InputError
+from training.options import parse_options
 
 POLICY_METHODS = ("dpo", "ppo")
 STEPS = ("reward", *POLICY_METHODS, "generate", "evaluate")
@@ -41,6 +43,15 @@ class RoundRequest:
     processes: int = 1
     created_by: User | None = None
 
+    @property
+    def samples(self) -> int:
+        """Completions of a prompt that each policy is asked for: `shown` of all policies (the starting one among them) together."""
+        return max(1, math.ceil(self.shown / (len(self.methods) + 1)))
+
+    @property
+    def generating(self) -> dict[str, Any]:
+        return {"samples": self.samples, **self.options.get("generate", {})}
+
 
 def round_check(*, request: RoundRequest) -> None:
     """Raises Refused for what can be seen to be wrong before anything is written."""
@@ -53,10 +64,13 @@ def round_check(*, request: RoundRequest) -> None:
             "step_unknown", f"A round has no step {strange[0]!r}: its options are tables of {', '.join(STEPS)}, as in dpo.beta=0.2."
         )
     try:
-        for step, options in request.options.items():
+        for step, options in {**request.options, "generate": request.generating}.items():
             options_check(step, options)
     except InputError as error:
         raise Refused("option_invalid", f"{error} {error.remedy}".strip()) from error
+    disputes = request.generating.get("keep") == "uncertain" or request.generating.get("most_uncertain_prompts")
+    if disputes and not request.reward_model and request.options.get("reward", {}).get("ensemble_size", 1) == 1:
+        raise Refused("no_ensemble", "What members of a reward model dispute needs several of them: set reward.ensemble_size = 4 or more.")
     model_reference(text=request.model)
     if request.reward_model:
         model_reference(text=request.reward_model)
@@ -80,7 +94,11 @@ def round_create(*, request: RoundRequest) -> Round:
         made = round_open(
             project=request.project,
             methods=list(request.methods),
-            settings={"shown": request.shown, "start": request.model},
+            settings={
+                "shown": request.shown,
+                "start": request.model,
+                "most_uncertain_prompts": request.generating.get("most_uncertain_prompts", 0),
+            },
             snapshot=snapshot,
             created_by=request.created_by,
         )
@@ -100,7 +118,7 @@ class _Chain:
         reward = model_reference(text=request.reward_model) if request.reward_model else self._reward()
         policies: dict[str, Any] = {method: self._policy(method, reward) for method in request.methods}
         policies["start"] = self.start
-        self._generate(policies)
+        self._generate(policies, reward)
         self._evaluate(policies, reward)
 
     def _job(self, step: str, suffix: str, inputs: dict[str, Any], options: dict[str, Any] | None = None) -> dict[str, str]:
@@ -113,7 +131,7 @@ class _Chain:
                 round=self.made,
                 snapshot=self.made.snapshot if step in ("reward", "dpo", "ppo") else None,
                 inputs=inputs,
-                options={**(options or {}), **request.options.get(step, {})},
+                options=dict(request.options.get(step, {}) if options is None else options),
                 seed=request.seed,
                 processes=request.processes,
                 created_by=request.created_by,
@@ -132,12 +150,16 @@ class _Chain:
         )  # it learns from `train` and watches itself on `held_out`
         return self._job("ppo", "ppo", {"model": self.start, "reward_model": reward, "data": prompts})
 
-    def _generate(self, policies: dict[str, Any]) -> None:
+    def _generate(self, policies: dict[str, Any], reward: Any) -> None:
         request = self.request
         prompts = prompts_write(project=request.project, split=request.prompt_split, limit=request.prompts, seed=request.seed)
-        samples = max(1, math.ceil(request.shown / len(policies)))
+        options = request.generating
+        judge = {"reward_model": reward} if parse_options(GenerateOptions, options).needs_reward_model else {}
+        if options.get("most_uncertain_prompts"):
+            # All policies answer all prompts, and the round chooses once it knows what is disputed in their answers together.
+            options["most_uncertain_prompts"] = len(Path(prompts["path"]).read_text(encoding="utf-8").splitlines())
         for name, policy in policies.items():
-            self._job("generate", f"generate-{name}", {"model": policy, "data": prompts}, {"samples": samples})
+            self._job("generate", f"generate-{name}", {"model": policy, "data": prompts, **judge}, options)
 
     def _evaluate(self, policies: dict[str, Any], reward: Any) -> None:
         if not Prompt.objects.filter(project=self.request.project, split=Prompt.Split.HELD_OUT).exists():
