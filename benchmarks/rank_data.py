@@ -33,6 +33,11 @@ class Size:
     key_value_heads: int = 2
     vocabulary: int = 8192
 
+    @property
+    def words(self) -> int:
+        """Tokens that texts are made of: a large vocabulary costs what it costs, whichever of its tokens stand in the texts."""
+        return min(self.vocabulary, 8192)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -50,6 +55,9 @@ class Row:
     warmup_steps: int = 1  # not timed
     learning_rate: float = 1e-4
     threads: int = 2
+    device: str = "cpu"
+    dtype: str = "float32"
+    micro_batch_tokens: int = 4096  # Rankloop's default
     size: Size = Size()
 
     @classmethod
@@ -112,13 +120,13 @@ def made_texts(size: Size) -> list[str]:
     """Words of random syllables, for the tokenizer to learn."""
     generator = random.Random(5)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
-    words = [" " + "".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(size.vocabulary)]
-    return ["".join(generator.choices(words, k=20)) for _ in range(size.vocabulary // 2)]
+    words = [" " + "".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(size.words)]
+    return ["".join(generator.choices(words, k=20)) for _ in range(size.words // 2)]
 
 
 def one_token_words(encoder: Any, size: Size) -> list[str]:
     """Words, each with the space before it, that the tokenizer writes as one token, so that lengths come out as asked for."""
-    words = [encoder.tokenizer.decode([token]) for token in range(2, size.vocabulary)]
+    words = [encoder.tokenizer.decode([token]) for token in range(2, size.words)]
     kept = [word for word in words if word[:1] == " " and word[1:].isalpha() and len(encoder.completion_ids(word)) == 2]
     if len(kept) < 8:
         raise SystemExit(f"The tokenizer has only {len(kept)} words of one token.")
@@ -223,7 +231,7 @@ def make_model(row: Row, texts: list[str], folder: Path) -> Any:
     )
     torch.manual_seed(0)
     kind = Qwen2ForSequenceClassification if row.method == "reward" else Qwen2ForCausalLM
-    save_model(kind(config), Encoder(make_tokenizer(texts, vocab_size=size.vocabulary), template="plain"), folder)
+    save_model(kind(config), Encoder(make_tokenizer(texts, vocab_size=size.words), template="plain"), folder)
     (folder / ENCODER_FILE).unlink()
     encoder = Encoder.load(folder, template="plain", max_prompt_tokens=4096, max_completion_tokens=4096)
     encoder.save(folder)

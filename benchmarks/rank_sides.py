@@ -2,17 +2,17 @@
 
     python -m benchmarks.rank_sides FOLDER ours|trl|trl-precomputed|trl-accumulated RESULT.json
 
-Both sides start from FOLDER/model, read FOLDER/rankings.jsonl in the same order, in float32, and do FOLDER/row.json's steps with the same
-AdamW. Rankloop runs a whole run directory; its step events give the times. TRL is given every pair of the same rankings, as the same tokens,
-through its own trainer, dataset preparation and collator; gradient checkpointing, bf16, logging and saving are off.
+Both sides start from FOLDER/model, read FOLDER/rankings.jsonl in the same order, in the dtype of FOLDER/row.json, and do its steps with the
+same AdamW. Rankloop runs a whole run directory; its step events give the times. TRL is given every pair of the same rankings, as the same
+tokens, through its own trainer, dataset preparation and collator; gradient checkpointing, logging and saving are off.
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from training.loop import plan
 from training.options import parse_options
 from training.pack import gather_rows
 from training.processes import Processes
+from training.progress import memory_bytes
 from training.rankings import EncodedRanking, encode_rankings, read_rankings
 from training.row_logps import measured, row_logps
 from training.rundir import RunDirectory, file_digest
@@ -54,13 +55,14 @@ class Positions:
                 self.other += given[0].numel()
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes(row: Row) -> int:
+    """Of this process, or of the accelerator where the row runs on one: as the product's own step events say it."""
+    return memory_bytes(torch.device(row.device))
 
 
 def options(row: Row) -> dict[str, Any]:
     return {
-        "dtype": "float32",
+        "dtype": row.dtype,
         "epochs": 1.0,
         "batch_rankings": row.rankings,
         "learning_rate": row.learning_rate,
@@ -71,6 +73,7 @@ def options(row: Row) -> dict[str, Any]:
         "max_prompt_tokens": LONGEST,
         "max_completion_tokens": LONGEST,
         "max_dropped_share": 0.0,
+        "tokens_per_micro_batch": row.micro_batch_tokens,
         "log_steps": 1,
         "checkpoint_seconds": 0.0,
         **({"beta": BETA} if row.method == "dpo" else {"ties": "drop"}),  # DPO drops ties unless told otherwise
@@ -100,12 +103,12 @@ def ours(folder: Path, row: Row, work: Path) -> dict[str, Any]:
     data = folder / "rankings.jsonl"
     inputs = {"model": str(folder / "model"), "data": {"path": str(data), "digest": file_digest(data)}}
     run = RunDirectory.create(work / "run", method=row.method, seed=SEED, inputs=inputs, options=options(row), code={})
-    start, positions = peak_bytes(), Positions()
+    start, positions = peak_bytes(row), Positions()
     (rewardmodel.train.run if row.method == "reward" else alignment.dpo.run)(run)
     events = [event for event in run.read_events()[0] if event["kind"] == "step"]
     marks = [0.0, *(event["seconds"] for event in events)]
     result = {
-        "seconds": [after - before for before, after in zip(marks, marks[1:], strict=False)],
+        "seconds": [after - before for before, after in pairwise(marks)],
         "losses": [event["metrics"]["loss"] for event in events],
         "peak_bytes": events[-1]["memory_bytes"],
         "start_bytes": start,
@@ -121,8 +124,8 @@ def reference_seconds(folder: Path, row: Row) -> float:
     """Of one pass of the reference over every distinct completion, as a run does it before its first step."""
     encoder, items = encoded(folder, row)
     rows, _ = gather_rows(items)
-    processes = Processes("float32")
-    reference = load_policy(folder / "model").eval().requires_grad_(False)
+    processes = Processes(row.dtype)
+    reference = load_policy(folder / "model", device=processes.device).eval().requires_grad_(False)
     budget = parsed_options(row).tokens_per_micro_batch
 
     def pass_over(some: Any) -> Any:
@@ -177,8 +180,8 @@ def trl_config(row: Row, work: Path, *, pairs: int, steps: int, kind: str) -> An
         "max_length": 2 * LONGEST,
         "pad_to_multiple_of": None,
         "disable_dropout": True,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": row.device == "cpu",
+        "bf16": row.dtype == "bfloat16",
         "gradient_checkpointing": False,
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -212,7 +215,7 @@ def trl_trainer(row: Row, config: Any, given: dict[str, Any]) -> tuple[Any, dict
     return Clocked(args=config, **given), spent
 
 
-def clock() -> tuple[Any, list[float], list[int]]:
+def clock(row: Row) -> tuple[Any, list[float], list[int]]:
     """A callback that writes down when the training began and when each step ended, and the peak memory then."""
     from transformers import TrainerCallback
 
@@ -225,7 +228,7 @@ def clock() -> tuple[Any, list[float], list[int]]:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             marks.append(time.perf_counter())
-            peaks.append(peak_bytes())
+            peaks.append(peak_bytes(row))
 
     return Clock(), marks, peaks
 
@@ -250,11 +253,11 @@ def trl(folder: Path, row: Row, work: Path, kind: str) -> dict[str, Any]:
 
     pairs, steps = all_pairs(folder, row)
     config = trl_config(row, work, pairs=len(pairs), steps=steps, kind=kind)
-    start, positions = peak_bytes(), Positions()
+    start, positions = peak_bytes(row), Positions()
     auto: Any = AutoModelForSequenceClassification if row.method == "reward" else AutoModelForCausalLM
     model = auto.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
-    tokenizer = named_tokenizer(row.size.vocabulary)
-    callback, marks, peaks = clock()
+    tokenizer = named_tokenizer(row.size.words)
+    callback, marks, peaks = clock(row)
     given = {"model": model, "train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer, "callbacks": [callback]}
     trainer, spent = trl_trainer(row, config, given)
     losses = keep_losses(trainer)
@@ -262,7 +265,7 @@ def trl(folder: Path, row: Row, work: Path, kind: str) -> dict[str, Any]:
     trainer.model.save_pretrained(work / "model")
     parts = config.gradient_accumulation_steps
     return {
-        "seconds": [after - before for before, after in zip(marks, marks[1:], strict=False)],
+        "seconds": [after - before for before, after in pairwise(marks)],
         "losses": [sum(losses[place : place + parts]) for place in range(0, len(losses), parts)],
         "peak_bytes": peaks[-1],
         "start_bytes": start,
