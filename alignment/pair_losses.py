@@ -120,6 +120,7 @@ def exo_pair(pairs: Pairs, options: DPOOptions) -> Tensor:
 def discopop(pairs: Pairs, options: DPOOptions) -> Tensor:
     """(1 - w) * -log s(x) + w * e^-x, x = beta (f'(c) - f'(r)), w = s(x / tau): the log-ratio modulated loss that a language model found.
 
+    It is not monotone: with tau = 0.05 it rises from x = -0.12 to 0.07, so that equal completions are first pushed the wrong way.
     Source:  Lu et al. 2024, arXiv:2406.08414, eq. 5; tau is `discopop_tau`, 0.05 in the paper."""
     logits = options.beta * pairs.delta()
     share = torch.sigmoid(logits / options.discopop_tau)
