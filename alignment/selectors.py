@@ -12,6 +12,7 @@ from django.db.models import Count, F, QuerySet
 
 from alignment.curves import charts_of, figures_of, shown
 from alignment.follow import COUNTED_AS_WARNING
+from alignment.knowledge import knowledge_of, told_elsewhere
 from alignment.launch import child_command, gpu_count
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
@@ -211,6 +212,7 @@ def run_page(*, job: Job) -> dict[str, Any]:
     events = events_of(job=job)
     charts = charts_of(events)
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
+    knowledge = knowledge_of(job.folder / "model") if job.method == Job.Method.REWARD else None
     return {
         "job": job,
         "inputs": [(name.replace("_", " "), value, models.get(_name_of(value))) for name, value in job.inputs.items()],
@@ -219,10 +221,11 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "dependents": job.dependents.order_by("id"),
         "charts": [chart for chart in charts if chart.known],
         "more_charts": [chart for chart in charts if not chart.known],
-        "notes": [event for event in events if event.get("kind") not in ("step", "evaluation")][-40:][::-1],
+        "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
         "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
         "counts": next((event for event in reversed(events) if event.get("kind") == "counts"), None),
-        "figures": figures_of(job.metrics),
+        "knowledge": knowledge,
+        "figures": figures_of(told_elsewhere(job.metrics) if knowledge else job.metrics),
         "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],
         "facts": facts(job),
         "percent": round(100 * job.share_done),
@@ -267,6 +270,7 @@ def model_page(*, model: TrainedModel) -> dict[str, Any]:
         .annotate(completions=Count("id"), prompts=Count("prompt", distinct=True))
         .order_by("prompt__project__slug", "prompt__round")
     )
+    knowledge = knowledge_of(model.folder) if model.kind == TrainedModel.Kind.REWARD else None
     used_by = Job.objects.filter(pk__in=[job.pk for job in Job.objects.filter(project=model.project) if model.name in _names(job)])
     return {
         "model": model,
@@ -274,7 +278,8 @@ def model_page(*, model: TrainedModel) -> dict[str, Any]:
         "descendants": down,
         "written": written,
         "used_by": used_by.order_by("id"),
-        "figures": figures_of(model.metrics),
+        "knowledge": knowledge,
+        "figures": figures_of(told_elsewhere(model.metrics) if knowledge else model.metrics),
         "start": model.job.inputs.get("model") if model.job and not isinstance(model.job.inputs.get("model"), dict) else "",
     }
 

@@ -166,7 +166,7 @@ class Worker:
             self.announce(f"{job.name}: had its result already")
             return
         if job.state == Job.State.CANCELLING:
-            job_stop(job=job, fence=job.fence, ending=Ending(), has_checkpoint=run.newest_checkpoint() is not None)
+            job_stop(job=job, fence=job.fence, ending=Ending(), has_checkpoint=run.can_go_on())
             return
         (job.folder / "error.json").unlink(missing_ok=True)  # of an earlier attempt
         gpus = self._free_gpus(job.gpu_slots)
@@ -291,17 +291,17 @@ class Worker:
 
     def _end_without_result(self, held: Held, exit_code: int) -> str:
         job, fence, run = held.job, held.fence, held.run
-        checkpoint = run.newest_checkpoint()
+        goes_on = run.can_go_on()
         state = Job.objects.values_list("state", flat=True).get(pk=job.pk)
         if state == Job.State.CANCELLING:
-            job_stop(job=job, fence=fence, ending=Ending(exit_code=exit_code), has_checkpoint=checkpoint is not None)
-            return "stopped at a checkpoint" if checkpoint else "cancelled"
+            job_stop(job=job, fence=fence, ending=Ending(exit_code=exit_code), has_checkpoint=goes_on)
+            return "stopped at a checkpoint" if goes_on else "cancelled"
         if self.leaving and held.stop_at is not None:
             job_return(job=job, fence=fence, ending=Ending(exit_code=exit_code), counts=False)
             return "back in the queue"
         if exit_code == CHILD_STOPPED:
             ending = Ending(exit_code=exit_code, error="Somebody stopped the run from outside.", remedy=f"manage.py jobs resume {job.name}")
-            job_stop(job=job, fence=fence, ending=ending, has_checkpoint=checkpoint is not None)
+            job_stop(job=job, fence=fence, ending=ending, has_checkpoint=goes_on)
             return "stopped from outside"
         ending = _failure(held, exit_code)
         # A signal that nobody here sent is mostly the machine's want of memory, which may pass; an error of the run's own would come again.

@@ -29,7 +29,7 @@ ALIGNMENT_ML = {
 }
 ALIGNMENT_DJANGO = {
     *("models", "services", "selectors", "admin", "apps", "urls", "views", "curves", "tables"),
-    *("requests", "launch", "worker", "follow", "waiting", "progress"),
+    *("requests", "launch", "worker", "follow", "knowledge", "waiting", "progress"),
 }
 FORBIDDEN_NAMES = {"utils", "common", "core", "helpers", "base"}
 

@@ -247,6 +247,12 @@ class RunDirectory:
         found = checkpoint_folders(self.checkpoints)
         return found[-1] if found else None
 
+    def can_go_on(self) -> bool:
+        """Whether something is done that a next start would not do again: a checkpoint, of the run or of a part of it, or a whole part."""
+        parts = list(self.path.glob("curve/*"))
+        saved = any(checkpoint_folders(folder / "checkpoints") for folder in (self.path, *parts))
+        return saved or any((part / "result.json").exists() for part in parts)
+
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """`step-<n>` folders with a manifest, by step."""
