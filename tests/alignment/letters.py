@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rewardmodel.network import load_reward_model
+from rewardmodel.network import Ensemble, load_reward_model
 from rewardmodel.score import REWARD_FILE, RewardNotes
 from training.encode import Encoder
 from training.language_model import save_model
@@ -95,3 +95,18 @@ def ppo_run(folder: Path, home: Path, *, seed: int = 0, **options) -> RunDirecto
     }
     inputs = {"model": str(home / "policy"), "reward_model": str(home / "reward"), "data": str(home / "prompts.jsonl")}
     return RunDirectory.create(folder, method="ppo", seed=seed, inputs=inputs, options=chosen)
+
+
+def write_ensemble(folder: Path, *, likes: tuple[float, ...] = (1.0, 1.0, -0.5)) -> Path:
+    """`folder/ensemble`: heads over the backbone of `folder/reward`, member m liking the letter `a` by likes[m]. They agree on texts without
+    an `a` (they all score 0 there, before normalisation), and dispute the more the more `a` there are."""
+    encoder = make_encoder()
+    model = load_reward_model(folder / "plain", ensemble=Ensemble(len(likes)))
+    single = load_reward_model(folder / "reward")
+    model.model.load_state_dict(single.model.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(torch.tensor(likes)[:, None] * single.score.weight)
+    means, scales = tuple(0.5 * number for number in likes), (1.0, 2.0, 0.5)[: len(likes)]
+    notes = RewardNotes(mean=means, scale=scales, encoder_digest=encoder.digest)
+    save_model(model, encoder, folder / "ensemble", notes={REWARD_FILE: notes.as_json()})
+    return folder / "ensemble"
