@@ -237,7 +237,8 @@ def _in_chunks(head: "Head", states: Tensor, targets: Tensor, temperature: float
     size = max(1, LOGIT_CHUNK_BYTES // (4 * head.vocabulary))
 
     def part(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _from_logits(head(hidden) / temperature, target, entropy)
+        logits = head(hidden)
+        return _from_logits(logits if temperature == 1.0 else logits / temperature, target, entropy)
 
     if len(targets) <= size:
         return part(states, targets)

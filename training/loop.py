@@ -20,11 +20,12 @@ from training.checkpoint import (
 from training.encode import Encoder
 from training.errors import InputError, Stopped, TrainingFailed
 from training.gradients import Gradients
-from training.language_model import save_model
+from training.language_model import save_model, unwrap
 from training.objective import Objective
 from training.optimiser import Optimiser, Update
 from training.options import TrainingOptions
 from training.pack import epoch_batches
+from training.packed_model import unpacked_reason
 from training.processes import Processes, Sums, add_sums
 from training.progress import Progress, stop_requested
 from training.rundir import RunDirectory, file_digest
@@ -79,6 +80,8 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
     loop = Loop(training, optimiser, Gradients(objective, processes, optimiser, run), Progress(run, processes, steps=steps))
     first = loop.resume()
     run.event("start", steps=steps, processes=processes.world, device=str(processes.device), dtype=processes.dtype, first_step=first)
+    if reason := unpacked_reason(unwrap(training.model).base_model):
+        run.event("warning", text=reason)
     if first == 0:
         loop.gradients.rehearse(batches)
     loop.progress.mark(first)

@@ -57,6 +57,8 @@ def _repeat(states: Tensor, groups: int) -> Tensor:
 
 def _gather(states: Tensor, bucket: Bucket) -> Tensor:
     """(N, T, D) -> (N, places, D)."""
+    if len(bucket.places) == states.shape[1] and bucket.is_slice == 0:
+        return states
     if bucket.is_slice >= 0:
         return states.narrow(1, bucket.is_slice, len(bucket.places))
     return _Gather.apply(states, bucket.places, bucket.real)
@@ -108,12 +110,13 @@ class _Part:
 def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scoring: Scoring) -> Tensor:
     """(N, places, D) -> (N, places, D): roots among themselves, then children against root and themselves."""
     roots = bucket.families * bucket.root_width
-    root = _Part(*(part[:, :roots].unflatten(1, (bucket.families, bucket.root_width)) for part in (q, k, v)))
+    cut = [part.split([roots, part.shape[1] - roots], 1) for part in (q, k, v)]  # one split: its gradient is written once, without zeros
+    root = _Part(*(part.unflatten(1, (bucket.families, bucket.root_width)) for part, _ in cut))
     out = _roots(root, scoring).flatten(1, 2)
     if not bucket.children:
         return out
     shape = (bucket.families, bucket.children, bucket.child_width)
-    child = _Part(*(part[:, roots:].unflatten(1, shape) for part in (q, k, v)))
+    child = _Part(*(part.unflatten(1, shape) for _, part in cut))
     blocked = _blocked(bucket, scoring.window, q.device)
     fused = bucket.root_width + bucket.child_width > MOST_EXPLICIT_KEYS and not scoring.softcap
     under = (_children_fused if fused else _children_explicit)(child, root, blocked, scoring)
