@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -65,6 +66,7 @@ class Stand:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
         if row.device == "cpu":
             offline["CUDA_VISIBLE_DEVICES"] = ""
+        offline["RANKLOOP_CACHE"] = str(self.folder / "cache" / uuid.uuid4().hex)  # no run finds what another one computed
         environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(row.threads), "MKL_NUM_THREADS": str(row.threads)}
         done = subprocess.run(
             [sys.executable, "-m", module, *words], cwd=HOUSE, env=environment, capture_output=True, text=True, check=False

@@ -19,17 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+import alignment.dpo
+import rewardmodel.train
 from benchmarks.rank_data import Row, named_tokenizer, word
 from training.encode import Encoder
-from training.language_model import load_policy
 from training.ledger import Ledger
 from training.loop import plan
 from training.options import parse_options
-from training.pack import gather_rows
-from training.processes import Processes
 from training.progress import memory_bytes
 from training.rankings import EncodedRanking, encode_rankings, read_rankings
-from training.row_logps import measured, row_logps
 from training.rundir import RunDirectory, file_digest
 
 SEED = 0
@@ -97,13 +95,10 @@ def encoded(folder: Path, row: Row) -> tuple[Encoder, list[EncodedRanking]]:
 
 
 def ours(folder: Path, row: Row, work: Path) -> dict[str, Any]:
-    import alignment.dpo
-    import rewardmodel.train
-
     data = folder / "rankings.jsonl"
     inputs = {"model": str(folder / "model"), "data": {"path": str(data), "digest": file_digest(data)}}
     run = RunDirectory.create(work / "run", method=row.method, seed=SEED, inputs=inputs, options=options(row), code={})
-    start, positions = peak_bytes(row), Positions()
+    start, positions, spent = peak_bytes(row), Positions(), clock_reference()
     (rewardmodel.train.run if row.method == "reward" else alignment.dpo.run)(run)
     events = [event for event in run.read_events()[0] if event["kind"] == "step"]
     marks = [0.0, *(event["seconds"] for event in events)]
@@ -116,25 +111,23 @@ def ours(folder: Path, row: Row, work: Path) -> dict[str, Any]:
         "weights": str(run.model_folder / "model.safetensors"),
     }
     if row.method == "dpo":
-        result["reference_seconds"] = reference_seconds(folder, row)
+        result["reference_seconds"] = sum(spent)
     return result
 
 
-def reference_seconds(folder: Path, row: Row) -> float:
-    """Of one pass of the reference over every distinct completion, as a run does it before its first step."""
-    encoder, items = encoded(folder, row)
-    rows, _ = gather_rows(items)
-    processes = Processes(row.dtype)
-    reference = load_policy(folder / "model", device=processes.device).eval().requires_grad_(False)
-    budget = parsed_options(row).tokens_per_micro_batch
+def clock_reference() -> list[float]:
+    """From now on the seconds of each pass of the reference that a DPO run makes before its first step, loading included."""
+    spent: list[float] = []
+    compute = alignment.dpo.reference_logps
 
-    def pass_over(some: Any) -> Any:
-        return measured(some, processes, lambda part: row_logps(reference, part, encoder.pad_id, device=processes.device, budget=budget))
+    def clocked(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        done = compute(*arguments, **named)
+        spent.append(time.perf_counter() - started)
+        return done
 
-    pass_over(rows[: len(rows) // row.steps])
-    started = time.perf_counter()
-    pass_over(rows)
-    return time.perf_counter() - started
+    alignment.dpo.reference_logps = clocked
+    return spent
 
 
 # -- TRL
