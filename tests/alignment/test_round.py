@@ -193,3 +193,50 @@ def test_keys_stay_within_their_field():
     assert len(long) <= 200
     assert long.endswith("~r12")
     assert long != next_key("x" * 199 + "y", 12)
+
+
+UNCERTAIN = {"reward": {"ensemble_size": 3}, "generate": {"keep": "uncertain", "candidates": 8, "most_uncertain_prompts": 3}}
+
+
+def test_a_dispute_is_refused_where_the_round_learns_a_reward_model_of_one_member(project, place):
+    for asked in ({"keep": "uncertain", "candidates": 8}, {"most_uncertain_prompts": 3}):
+        with pytest.raises(Refused, match="ensemble_size"):
+            begin(project, place, options={"generate": asked})
+    with pytest.raises(Refused, match="both, or neither"):  # each of three policies writes two of the four
+        begin(project, place, options={**UNCERTAIN, "generate": {"keep": "uncertain", "candidates": 2}})
+    assert not Job.objects.exists()
+
+
+def test_a_round_that_asks_what_is_disputed_gives_its_reward_model_to_those_who_generate(project, place):
+    made = begin(project, place, options=UNCERTAIN, prompts=5)
+    generating = list(made.jobs.filter(method="generate"))
+    assert len(generating) == 3
+    for job in generating:
+        assert job.inputs["reward_model"] == {"name": "facts-r1-reward"}
+        assert "facts-r1-reward" in {need.name for need in job.needs.all()}
+        assert job.options == {"samples": 2, "keep": "uncertain", "candidates": 8, "most_uncertain_prompts": 5}
+    assert made.settings["most_uncertain_prompts"] == 3
+
+
+def test_only_the_most_disputed_prompts_come_home_and_the_others_are_counted(project, place):
+    """Two policies dispute prompts differently; the mean over both counts. Key n: disagreement n / 100 and (20 - n) / 50, mean (40 - n) / 200."""
+    made = begin(project, place, methods=("dpo",), options=UNCERTAIN, prompts=0)
+    while (job := job_claim(worker="w", lease_seconds=60, slots=1, free=1)) is not None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if job.method in ("reward", "dpo"):
+            (job.folder / "model").mkdir()
+        if job.method == "generate":
+            write_completions(job, None)
+            rows = [json.loads(line) for line in (job.folder / "completions.jsonl").read_text().splitlines()]
+            for row in rows:
+                number = int(row["key"].removeprefix("p"))
+                row["disagreement"] = (20 - number) / 50 if job.name.endswith("dpo") else number / 100
+                row["score"] = {"mean": 0.5, "spread": 0.1, "worst": 0.3}
+            (job.folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        job_finish(job=job, fence=job.fence, ending=Ending(exit_code=0))
+    made.refresh_from_db()
+    home = Prompt.objects.filter(project=project, round=made.number)
+    assert {prompt.key for prompt in home} == {"p0~r1", "p1~r1", "p2~r1"}
+    assert made.counts["less_disputed"] == 17
+    one = Completion.objects.filter(prompt__in=home).first()
+    assert one.sampling["score"] == {"mean": 0.5, "spread": 0.1, "worst": 0.3}

@@ -66,6 +66,17 @@ def test_the_loss_is_the_mean_over_members_of_their_weighted_losses():
     assert member_losses(scores, torch.tensor([[1.0, 3.0]]), lambda own: own.sum(-1)).tolist() == [46.5]
 
 
+def test_the_loss_of_one_member_is_its_loss_bit_by_bit():
+    scores = torch.randn(6, 4, 1, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    alone = scores.detach()[..., 0].clone().requires_grad_()
+    losses = member_losses(scores, bootstrap_weights(["p"] * 6, 1, seed=0), lambda own: own.square().sum(-1))
+    expected = alone.square().sum(-1)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(losses, expected)
+    assert torch.equal(scores.grad[..., 0], alone.grad)
+
+
 def test_disagreement_is_the_variance_of_the_probability_by_hand():
     """Two members: s_0 - s_1 = +log 3 and -log 3, so P = 3/4 and 1/4, mean 1/2, variance 1/16. On the third they agree."""
     log3 = float(np.log(3))
