@@ -5,15 +5,17 @@ that a long ranking does not outweigh a short one. The loss is linear in its pai
 to one pair of (K, K) weight matrices, and each completion needs one score however many raters ranked it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from rewardmodel.tie_models import NoTies, TieModel
 from training.rankings import Bands, RaterRanking
+
+PLAIN = NoTies()
+TREATMENTS = ("davidson", "rao_kupper", "half", "drop")
 
 
 def band_matrices(bands: Bands, size: int) -> tuple[Tensor, Tensor]:
@@ -46,11 +48,11 @@ class PairWeights:
 def pair_weights(rankings: Sequence[RaterRanking], size: int, *, ties: str) -> PairWeights:
     """Each ranking spreads its weight evenly over its pairs.
 
-    Args:    ties: "davidson": a tied pair is an outcome of its own;  "half": half a win each way;  "drop": no pair.
+    Args:    ties: "davidson", "rao_kupper": a tied pair is an outcome of its own;  "half": half a win each way;  "drop": no pair.
              A ranking without any pair left counts nothing.
     """
-    if ties not in ("davidson", "half", "drop"):
-        raise ValueError(f"unknown treatment of ties {ties!r}: use davidson, half or drop")
+    if ties not in TREATMENTS:
+        raise ValueError(f"unknown treatment of ties {ties!r}: use one of {', '.join(TREATMENTS)}")
     all_wins, all_ties = torch.zeros(size, size), torch.zeros(size, size)
     weight, pairs, tied = 0.0, 0, 0
     for ranking in rankings:
@@ -70,42 +72,32 @@ def pair_weights(rankings: Sequence[RaterRanking], size: int, *, ties: str) -> P
 
 
 def ranking_losses(
-    scores: Tensor, wins: Tensor, ties: Tensor | None = None, *, log_nu: Tensor | None = None, centring: float = 0.0
+    scores: Tensor, wins: Tensor, ties: Tensor | None = None, *, model: TieModel = PLAIN, margins: Tensor | None = None
 ) -> Tensor:
-    """Minus the log-likelihood of weighted pairs under Bradley-Terry, or under Davidson's model where `log_nu` is given.
-
-    With d = s_i - s_j:  P(i before j) = e^(d/2) / (e^(d/2) + e^(-d/2) + nu),  P(tie) = nu / (e^(d/2) + e^(-d/2) + nu).
+    """Minus the log-likelihood of weighted pairs: a linear sum of -log P(i before j) and -log P(i and j tied).
 
     Shapes:  B prompts of K completions.
-    Args:    scores (B, K) float32;  wins (B, K, K), ties (B, K, K) weights >= 0;  log_nu: scalar, log of Davidson's tie parameter;
-             None: nu = 0, plain Bradley-Terry;  centring: >= 0, weight of (s_i + s_j)^2 in each pair, which keeps scores near 0.
+    Args:    scores (B, K) float32;  wins (B, K, K), ties (B, K, K) weights >= 0;  model: of ties; Bradley-Terry if there are none;
+             margins (B, K, K) >= 0, in units of scores: how much i must be better than j before their difference counts as one.
     Returns: losses (B,) float32, not averaged.
-    Raises:  ValueError for tied pairs without log_nu.
-    Source:  Bradley and Terry 1952; Davidson 1970, J. Am. Stat. Assoc. 65(329), eq. 2.3; centring: Eisenstein et al. 2023,
-             arXiv:2312.09244, in the form of TRL's RewardTrainer."""
-    margins = scores[:, :, None] - scores[:, None, :]
-    if log_nu is None:
-        if ties is not None and bool(ties.any()):
-            raise ValueError("tied pairs need log_nu (Davidson's model); or derive the pairs with ties = half or drop")
-        losses = -(wins * F.logsigmoid(margins)).sum((-1, -2))
-    else:
-        log_norm = torch.logaddexp(torch.logaddexp(margins / 2, -margins / 2), log_nu)
-        losses = (wins * (log_norm - margins / 2)).sum((-1, -2))
-        if ties is not None:
-            losses = losses + (ties * (log_norm - log_nu)).sum((-1, -2))
-    if centring:
-        weights = wins if ties is None else wins + ties
-        sums = scores[:, :, None] + scores[:, None, :]
-        losses = losses + centring * (weights * sums.square()).sum((-1, -2))
+    Raises:  ValueError for tied pairs under Bradley-Terry.
+    Source:  Bradley and Terry 1952; `tie_models`; margins: Touvron et al. 2023, arXiv:2307.09288, eq. 2."""
+    differences = scores[:, :, None] - scores[:, None, :]
+    won = differences if margins is None else differences - margins
+    losses = -(wins * model.log_win(won)).sum((-1, -2))
+    if ties is not None and (not isinstance(model, NoTies) or bool(ties.any())):
+        losses = losses - (ties * model.log_tie(differences)).sum((-1, -2))
     return losses
 
 
-def start_of_log_nu(pairs: float, tied: float) -> float | None:
-    """Log of the nu that gives the observed share of ties between equals, nu / (2 + nu); None where nothing is tied (nu = 0)."""
-    if not tied:
-        return None
-    share = min(tied / (pairs + tied), 0.99)
-    return math.log(2 * share / (1 - share))
+def centring_losses(scores: Tensor, pairs: Tensor) -> Tensor:
+    """Weighted sum of (s_i + s_j)^2: keeps scores near 0.
+
+    Args:    scores (B, K) float32;  pairs (B, K, K): weights of wins and ties.
+    Returns: (B,).
+    Source:  Eisenstein et al. 2023, arXiv:2312.09244, in the form of TRL's RewardTrainer."""
+    sums = scores[:, :, None] + scores[:, None, :]
+    return (pairs * sums.square()).sum((-1, -2))
 
 
 def stack(matrices: Sequence[Tensor], size: int) -> Tensor:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardmodel.accuracy import pair_counts
 from rewardmodel.counts import encode_counted
 from rewardmodel.curve import curve_row, learn_shares, prompts_of_share
 from rewardmodel.ensemble import bootstrap_weights, member_losses, spread_report
-from rewardmodel.losses import pair_weights, ranking_losses, stack, start_of_log_nu
+from rewardmodel.likelihood import Likelihood, likelihood_of, training_losses
 from rewardmodel.network import Ensemble, load_reward_model
 from rewardmodel.options import RewardOptions
+from rewardmodel.raters import rater_weights, reweighted
 from rewardmodel.report import REPORT_FILE, REPORT_FORMAT, Report, held_out_report
 from rewardmodel.score import REWARD_FILE, RewardNotes, normalisation, row_scores
 from training.encode import Encoder
@@ -60,6 +61,8 @@ def _learn(run_directory: RunDirectory, processes: Processes, curve: list[dict[s
     objective = Scores(model, encoder, processes, options, items=items, digest=file_digest(data), seed=run_directory.seed)
     objective.curve = curve
     objective_counts["pairs"], objective_counts["ties"] = objective.pairs, objective.tied
+    if objective.rater_weights:
+        objective_counts["rater_weights"] = {rater: round(weight, 4) for rater, weight in objective.rater_weights.items()}
     run_directory.event("counts", **objective_counts)
     train(Training(run_directory, processes, options, model, encoder, objective, objective_counts), batch=options.batch_rankings)
 
@@ -85,7 +88,7 @@ def read_items(
 
 
 class Scores:
-    """The reward objective: mean over rankings of the mean over a ranking's pairs."""
+    """The reward objective: mean over rankings of the mean over a ranking's pairs, or choices."""
 
     def __init__(
         self,
@@ -105,19 +108,29 @@ class Scores:
         self.digest = digest
         self.curve: list[dict[str, Any]] = []  # of smaller shares
         self.report, self.figures = Report(), dict[str, float]()
+        self.normalisation: dict[str, Any] = {}
         self.items = items["train"]
         self.held_out = items["held_out"]
-        self.targets = [pair_weights(item.rankings, item.size, ties=options.ties) for item in self.items]
+        self.rater_weights = dict[str, float]()
+        if options.rater_weights == "agreement":
+            self.rater_weights = rater_weights([(item.rankings, item.size) for item in self.items])
+            self.items = reweighted(self.items, self.rater_weights)
+        self.likelihood, self.constant = self._likelihood_at_start(), self._likelihood_at_start()
+        self.targets = [self.likelihood.target(item.rankings, item.size) for item in self.items]
         self.keys = [item.key for item in self.items]
         self.budget = options.tokens_per_micro_batch
-        self.weights = [target.weight for target in self.targets]
+        self.weights = [target.pairs.weight for target in self.targets]
         self.costs = [item.tokens for item in self.items]
         self.member_weights = bootstrap_weights([item.digest for item in self.items], options.ensemble_size, seed=seed)
-        self.pairs = sum(target.pairs for target in self.targets)
-        self.tied = sum(target.tied for target in self.targets)
-        start = start_of_log_nu(self.pairs, self.tied) if options.ties == "davidson" else None
-        self.log_nu = None if start is None else nn.Parameter(torch.tensor(start, device=processes.device))
-        self.extra = [] if self.log_nu is None else [(self.log_nu, options.tie_learning_rate)]
+        self.pairs = sum(target.pairs.pairs for target in self.targets)
+        self.tied = sum(target.pairs.tied for target in self.targets)
+        self.extra = [(parameter, options.tie_learning_rate) for parameter in self.likelihood.parameters]
+
+    def _likelihood_at_start(self) -> Likelihood:
+        """Scores know nothing, and ties are as frequent as among the training rankings."""
+        largest = max((len(band) for item in [*self.items, *self.held_out] for said in item.rankings for band in said.bands), default=1)
+        rankings = [(item.rankings, item.size) for item in self.items]
+        return likelihood_of(self.options, rankings, largest_band=largest, device=self.processes.device)
 
     def denominator(self, indices: Sequence[int]) -> float:
         return sum(self.weights[index] for index in indices)
@@ -128,23 +141,22 @@ class Scores:
         device = self.processes.device
         by_member = self._scores(rows)[places.to(device)]
         points = by_member.mean(-1)
-        wins = stack([target.wins for target in targets], places.shape[1]).to(device)
-        ties = stack([target.ties for target in targets], places.shape[1]).to(device)
+        batch = self.likelihood.stack(targets, places.shape[1], device)
         losses = member_losses(
             by_member,
             self.member_weights[list(indices)].to(device),
-            lambda scores: ranking_losses(scores, wins, ties, log_nu=self.log_nu, centring=self.options.centring),
+            lambda scores: training_losses(self.likelihood, scores, batch, centring=self.options.centring),
         )
         with torch.no_grad():
             margins = points[:, :, None] - points[:, None, :]
             sums: Sums = {
                 "loss": (losses.detach().sum(), self.denominator(indices)),
-                "accuracy": ((wins * (margins.sign() + 1) / 2).sum(), wins.sum()),
-                "margin": ((wins * margins).sum(), wins.sum()),
+                "accuracy": ((batch.wins * (margins.sign() + 1) / 2).sum(), batch.wins.sum()),
+                "margin": ((batch.wins * margins).sum(), batch.wins.sum()),
                 "score": (points.sum(), points.numel()),
             }
-            if self.log_nu is not None:
-                sums["tie_nu"] = (self.log_nu.detach().exp() * len(indices), len(indices))
+            if self.likelihood.parameters:
+                sums["tie_nu"] = (self.likelihood.tie_strength * len(indices), len(indices))
         return losses.sum(), sums
 
     def evaluate(self) -> dict[str, float]:
@@ -166,20 +178,19 @@ class Scores:
         return self.figures
 
     def _likelihood(self, points: Tensor, places: list[Tensor]) -> dict[str, float]:
-        """Minus the mean log-likelihood of a held-out ranking's pairs under the trained model, beside a model to which all completions are
-        equal (ties as often as in training), and how many ties there are."""
-        log_nu = None if self.log_nu is None else self.log_nu.detach().cpu()
-        ties = "drop" if log_nu is None and self.options.ties == "davidson" else self.options.ties
-        start = None if log_nu is None else start_of_log_nu(self.pairs, self.tied)
-        constant_nu = None if start is None else torch.tensor(start)
+        """Minus the mean log-likelihood of a held-out ranking (mean over its pairs, or choices) under the trained model, beside a model to
+        which all completions are equal (ties as often as in training), and how many ties there are."""
+        trained, equal = self.likelihood.as_said(), self.constant.as_said()
+        device = self.processes.device
         total, constant, weight, tied = 0.0, 0.0, 0.0, 0
         for item, place in zip(self.held_out, places, strict=True):
-            target = pair_weights(item.rankings, item.size, ties=ties)
-            wins, equal, scores = target.wins[None], target.ties[None], points[place][None]
-            total += float(ranking_losses(scores, wins, equal, log_nu=log_nu).sum())
-            constant += float(ranking_losses(torch.zeros_like(scores), wins, equal, log_nu=constant_nu).sum())
-            weight += target.weight
-            tied += target.tied
+            target = trained.target(item.rankings, item.size)
+            batch, scores = trained.stack([target], item.size, device), points[place][None].to(device)
+            with torch.no_grad():
+                total += float(trained.losses(scores, batch).sum())
+                constant += float(equal.losses(torch.zeros_like(scores), batch).sum())
+            weight += target.pairs.weight
+            tied += target.pairs.tied
         return {
             "log_loss": total / weight if weight else math.nan,
             "log_loss_constant": constant / weight if weight else math.nan,
@@ -192,7 +203,7 @@ class Scores:
             **self.normalisation,
             temperature=self.report.temperature,
             ties=self.options.ties,
-            nu=0.0 if self.log_nu is None else float(self.log_nu.detach().exp()),
+            nu=float(self.likelihood.tie_strength),
             encoder_digest=self.encoder.digest,
             snapshot_digest=self.digest,
         )

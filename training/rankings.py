@@ -5,8 +5,9 @@ ranked it, and two completions of the same tokens are one row.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class RaterRanking:
     weight: float = 1.0
     uid: str = ""
     displayed: tuple[int, ...] = ()  # the order on the rater's screen; empty where it is not known
+    strengths: tuple[float, ...] = ()  # how much better each band is than the next; empty where it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,7 @@ def read_rankings(path: str | Path, *, digest: str | None = None, split: str | N
         try:
             texts = [completion["text"] for completion in row["completions"]]
             prompt = RankedPrompt(row["key"], row["prompt"], row["split"], _messages(row["messages"]), texts)
-            said = RaterRanking(
-                _bands(row["bands"], len(texts)),
-                str(row.get("rater", "")),
-                float(row.get("weight", 1.0)),
-                str(row.get("ranking", "")),
-                displayed=_displayed(row.get("displayed"), len(texts)),
-            )
+            said = _said(row, len(texts))
         except (KeyError, TypeError, ValueError) as error:
             raise _bad_line(path, number, "a ranking", error) from error
         if split_of.setdefault(prompt.digest, prompt.split) != prompt.split:
@@ -243,10 +239,43 @@ def _bands(value: Any, size: int) -> Bands:
     return bands
 
 
+def _said(row: dict[str, Any], size: int) -> RaterRanking:
+    bands = _bands(row["bands"], size)
+    strengths = tuple(_amount(value, "a strength") for value in row.get("strengths") or ())
+    if strengths and len(strengths) != len(bands) - 1:
+        raise ValueError(f"{len(strengths)} strengths do not stand between {len(bands)} bands")
+    return RaterRanking(
+        bands,
+        str(row.get("rater", "")),
+        _amount(row.get("weight", 1.0), "the weight"),
+        str(row.get("ranking", "")),
+        displayed=_displayed(row.get("displayed"), size),
+        strengths=strengths,
+    )
+
+
+def _amount(value: Any, name: str) -> float:
+    amount = float(value)
+    if not (math.isfinite(amount) and amount >= 0):
+        raise ValueError(f"{name} must be a finite number, at least 0, not {value}")
+    return amount
+
+
 def _keep(ranking: RaterRanking, kept: dict[int, int]) -> RaterRanking:
-    bands = tuple(tuple(kept[index] for index in band if index in kept) for band in ranking.bands)
+    """Only these completions. Where a band disappears, what stood above it is better than what stood below by both strengths together."""
+    bands: list[tuple[int, ...]] = []
+    strengths: list[float] = []
+    above = 0.0
+    for place, band in enumerate(ranking.bands):
+        if ranking.strengths and place:
+            above += ranking.strengths[place - 1]
+        if left := tuple(kept[index] for index in band if index in kept):
+            if bands and ranking.strengths:
+                strengths.append(above)
+            bands.append(left)
+            above = 0.0
     displayed = tuple(kept[index] for index in ranking.displayed if index in kept)
-    return RaterRanking(tuple(band for band in bands if band), ranking.rater, ranking.weight, ranking.uid, displayed=displayed)
+    return replace(ranking, bands=tuple(bands), displayed=displayed, strengths=tuple(strengths))
 
 
 def _displayed(value: Any, size: int) -> tuple[int, ...]:

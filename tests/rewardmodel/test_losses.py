@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from rewardmodel.losses import band_matrices, pair_weights, ranking_losses, stack, start_of_log_nu
+from rewardmodel.losses import band_matrices, centring_losses, pair_weights, ranking_losses, stack
+from rewardmodel.tie_models import Davidson, NoTies, RaoKupper, tie_model
 from training.rankings import RaterRanking
 
 
@@ -22,7 +23,7 @@ def test_an_unknown_treatment_of_ties_is_refused():
 
 
 def test_ties_without_a_tie_parameter_are_refused():
-    with pytest.raises(ValueError, match="need log_nu"):
+    with pytest.raises(ValueError, match="need a model of ties"):
         losses_of([0.0, 0.0], said([0, 1]))
 
 
@@ -65,30 +66,58 @@ def test_bradley_terry_by_hand():
 
 def test_davidson_by_hand():
     """d = 1, nu = 1: e^0.5 + e^-0.5 + 1 = 3.255252; P(win) = 1.648721 / 3.255252 = 0.506480; P(tie) = 0.307196; P(loss) = 0.186324."""
-    log_nu = torch.tensor(0.0)
-    assert losses_of([1.0, 0.0], said([0], [1]), log_nu=log_nu) == pytest.approx(-math.log(0.506480), abs=1e-5)
-    assert losses_of([1.0, 0.0], said([0, 1]), log_nu=log_nu) == pytest.approx(-math.log(0.307196), abs=1e-5)
-    assert losses_of([1.0, 0.0], said([1], [0]), log_nu=log_nu) == pytest.approx(-math.log(0.186324), abs=1e-5)
+    model = Davidson(torch.tensor(0.0))
+    assert losses_of([1.0, 0.0], said([0], [1]), model=model) == pytest.approx(-math.log(0.506480), abs=1e-5)
+    assert losses_of([1.0, 0.0], said([0, 1]), model=model) == pytest.approx(-math.log(0.307196), abs=1e-5)
+    assert losses_of([1.0, 0.0], said([1], [0]), model=model) == pytest.approx(-math.log(0.186324), abs=1e-5)
 
 
 def test_davidson_without_ties_is_bradley_terry():
     strict = said([0], [1], [2])
-    assert losses_of([2.0, 0.5, -1.0], strict, log_nu=torch.tensor(-60.0)) == pytest.approx(
+    assert losses_of([2.0, 0.5, -1.0], strict, model=Davidson(torch.tensor(-60.0))) == pytest.approx(
         losses_of([2.0, 0.5, -1.0], strict, ties="drop"), abs=1e-6
     )
-    assert start_of_log_nu(10, 0) is None
+    assert isinstance(tie_model("davidson", pairs=10, tied=0), NoTies)
+
+
+def test_rao_kupper_by_hand():
+    """d = 1, theta = 2: P(win) = e / (e + 2) = 0.576117; P(loss) = 1 / (1 + 2e) = 0.155362; the rest is P(tie) = 0.268521."""
+    model = RaoKupper(torch.tensor(math.log(math.log(2.0))))
+    assert losses_of([1.0, 0.0], said([0], [1]), model=model) == pytest.approx(-math.log(0.576117), abs=1e-5)
+    assert losses_of([1.0, 0.0], said([1], [0]), model=model) == pytest.approx(-math.log(0.155362), abs=1e-5)
+    assert losses_of([1.0, 0.0], said([0, 1]), model=model) == pytest.approx(-math.log(0.268521), abs=1e-5)
+    assert float(model.strength) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("model", [Davidson, RaoKupper])
+@pytest.mark.parametrize("parameter", [-5.0, -0.3, 2.0])
+def test_win_tie_and_loss_are_all_there_is(model, parameter):
+    differences = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    asked = model(torch.tensor(parameter, dtype=torch.float64))
+    total = asked.log_win(differences).exp() + asked.log_win(-differences).exp() + asked.log_tie(differences).exp()
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-9, rtol=0)
 
 
 def test_the_tie_parameter_starts_at_the_share_of_ties():
-    """A quarter of the pairs tied: nu / (2 + nu) = 1/4 gives nu = 2/3."""
-    assert start_of_log_nu(30, 10) == pytest.approx(math.log(2 / 3))
+    """A quarter of the pairs tied: Davidson's nu / (2 + nu) = 1/4 gives nu = 2/3; Rao-Kupper's (t - 1) / (t + 1) = 1/4 gives 5/3."""
+    assert float(tie_model("davidson", pairs=30, tied=10).strength) == pytest.approx(2 / 3)
+    assert float(tie_model("rao_kupper", pairs=30, tied=10).strength) == pytest.approx(5 / 3)
+    for ties in ("davidson", "rao_kupper"):
+        assert float(tie_model(ties, pairs=30, tied=10).log_tie(torch.zeros(())).detach()) == pytest.approx(math.log(0.25), abs=1e-6)
+
+
+def test_a_margin_is_taken_from_the_difference():
+    """Scores 2, 0.5 with a margin of 1: -log sigmoid(0.5) = 0.474077."""
+    wins = pair_weights([said([0], [1])], 2, ties="drop").wins[None]
+    margins = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    assert float(ranking_losses(torch.tensor([[2.0, 0.5]]), wins, margins=margins)) == pytest.approx(0.474077, abs=1e-6)
 
 
 def test_a_tie_pulls_scores_together_and_a_win_apart():
     scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
     tied, strict = pair_weights([said([0, 1])], 2, ties="davidson"), pair_weights([said([0], [1])], 2, ties="davidson")
     for weights, sign in ((tied, 1), (strict, -1)):
-        loss = ranking_losses(scores, weights.wins[None], weights.ties[None], log_nu=torch.tensor(0.0)).sum()
+        loss = ranking_losses(scores, weights.wins[None], weights.ties[None], model=Davidson(torch.tensor(0.0))).sum()
         (gradient,) = torch.autograd.grad(loss, scores)
         assert sign * float(gradient[0, 0]) > 0
         assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-7)
@@ -102,7 +131,7 @@ def test_extreme_scores_stay_finite():
     scores = torch.tensor([[800.0, -800.0]], requires_grad=True)
     for ranking in (said([0], [1]), said([1], [0]), said([0, 1])):
         weights = pair_weights([ranking], 2, ties="davidson")
-        loss = ranking_losses(scores, weights.wins[None], weights.ties[None], log_nu=torch.tensor(0.0)).sum()
+        loss = ranking_losses(scores, weights.wins[None], weights.ties[None], model=Davidson(torch.tensor(0.0))).sum()
         (gradient,) = torch.autograd.grad(loss, scores)
         assert torch.isfinite(loss)
         assert torch.isfinite(gradient).all()
@@ -116,26 +145,30 @@ def test_rankings_of_several_sizes_share_a_batch():
     assert float(batch[1]) == pytest.approx(losses_of([0.4, 0.5], said([1], [0]), ties="drop"))
 
 
-def test_two_completions_equal_trls_reward_trainer():
-    """TRL's own compute_loss on given scores, with and without centring."""
+@pytest.mark.parametrize(("centring", "with_margin"), [(0.0, False), (0.3, False), (0.0, True), (0.3, True)])
+def test_two_completions_equal_trls_reward_trainer(centring, with_margin):
+    """TRL's own compute_loss on given scores, with and without centring and a column of margins: loss and gradients."""
     from types import SimpleNamespace
 
     from trl import RewardTrainer
 
     torch.manual_seed(0)
     chosen, rejected = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
-    for centring in (0.0, 0.3):
-        stub = SimpleNamespace(
-            model=SimpleNamespace(training=False),
-            args=SimpleNamespace(center_rewards_coefficient=centring or None),
-            accelerator=SimpleNamespace(gather=lambda value: value, gather_for_metrics=lambda value: value),
-            _metrics={"eval": {name: [] for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin", "num_tokens")}},
-            _total_train_tokens=0,
-        )
-        logits = torch.cat([chosen, rejected])[:, None]
-        theirs = RewardTrainer.compute_loss(stub, lambda logits=logits, **_: SimpleNamespace(logits=logits), {})
-        wins = pair_weights([said([0], [1])], 2, ties="drop").wins.expand(16, 2, 2)
-        ours = ranking_losses(torch.stack([chosen, rejected], 1), wins, centring=centring).mean()
-        assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
-        for mine, other in zip(torch.autograd.grad(ours, (chosen, rejected)), torch.autograd.grad(theirs, (chosen, rejected)), strict=True):
-            torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+    margin = torch.rand(16) * 2 if with_margin else torch.zeros(16)
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=centring or None),
+        accelerator=SimpleNamespace(gather=lambda value: value, gather_for_metrics=lambda value: value),
+        _metrics={"eval": {name: [] for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin", "num_tokens")}},
+        _total_train_tokens=0,
+    )
+    logits = torch.cat([chosen, rejected])[:, None]
+    inputs = {"margin": margin} if with_margin else {}
+    theirs = RewardTrainer.compute_loss(stub, lambda **_: SimpleNamespace(logits=logits), inputs)
+    wins = pair_weights([said([0], [1])], 2, ties="drop").wins.expand(16, 2, 2)
+    scores = torch.stack([chosen, rejected], 1)
+    losses = ranking_losses(scores, wins, margins=margin[:, None, None].expand(16, 2, 2)) + centring * centring_losses(scores, wins)
+    ours = losses.mean()
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
+    for mine, other in zip(torch.autograd.grad(ours, (chosen, rejected)), torch.autograd.grad(theirs, (chosen, rejected)), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
