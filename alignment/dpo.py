@@ -2,6 +2,7 @@
 differences of log-ratios."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from alignment.preference_metrics import ChosenWatch, preference_sums, settled_r
 from alignment.preferences import compare, target, tied_keys
 from alignment.reference_logps import Reference, reference_logps
 from rewardmodel.accuracy import Judged, accuracy
-from rewardmodel.losses import stack
+from rewardmodel.raters import rater_weights, reweighted
 from rewardmodel.train import read_items
 from training.encode import Encoder
 from training.errors import InputError
@@ -72,11 +73,13 @@ class Preferences:
         self.options = options
         self.kind = LOSS_KINDS[options.loss]
         self.items, self.held_out = items["train"], items["held_out"]
-        try:
-            self.targets = [target(item.rankings, item.size, options) for item in self.items]
-            self.held_out_targets = [target(item.rankings, item.size, options) for item in self.held_out]
-        except ValueError as error:
-            raise InputError(str(error), remedy="Use another treatment of ties.") from error
+        self.rater_weights = dict[str, float]()
+        if options.rater_weights == "agreement":
+            self.rater_weights = rater_weights([(item.rankings, item.size) for item in self.items])
+            self.items = reweighted(self.items, self.rater_weights)
+        as_said = replace(options, strength_margin=0.0)
+        self.targets = [target(item.rankings, item.size, options) for item in self.items]
+        self.held_out_targets = [target(item.rankings, item.size, as_said) for item in self.held_out]
         self.keys = [item.key for item in self.items]
         self.budget = options.tokens_per_micro_batch
         self.weights = [one.weight for one in self.targets]
@@ -126,8 +129,10 @@ class Preferences:
         counts: dict[str, Any] = {"pairs": sum(one.pairs for one in self.targets), "ties": tied}
         if self.options.ties == "drop":
             counts["ties_left_out"] = tied
-        counts["rankings_without_a_pair"] = sum(one.silent for one in self.targets)
-        return {**counts, "tied_first": tied_keys(self.items)}
+        counts["tied_first"] = tied_keys(self.items)
+        if self.rater_weights:
+            counts["rater_weights"] = {rater: round(weight, 4) for rater, weight in self.rater_weights.items()}
+        return counts
 
     def denominator(self, indices: Sequence[int]) -> float:
         return sum(self.weights[index] for index in indices)
@@ -142,8 +147,7 @@ class Preferences:
         shift = self.mismatched.shift(indices, self._logps) if self.mismatched else 0.0
         batch = compare(targets, logps, reference, _lengths(items, places.shape[1]), shift=shift)
         losses = preference_losses(batch, self.options)
-        strict = stack([one.strict for one in targets], places.shape[1]).to(logps.device)
-        sums = preference_sums(batch, strict, self.options, dtype=self.processes.dtype)
+        sums = preference_sums(batch, self.options, dtype=self.processes.dtype)
         sums["loss"] = (losses.detach().sum(), self.denominator(indices))
         if self.mismatched:
             sums["kl_mismatched_nats"] = (float(shift) * len(indices), len(indices))
@@ -167,8 +171,7 @@ class Preferences:
         reference, lengths = _fill(self.held_out_reference, size), _lengths(self.held_out, size, missing=0)
         logps = measured(rows, self.processes, self._logps)[places]
         batch = compare(self.held_out_targets, logps, reference, lengths.clamp(min=1), shift=shift)
-        strict = stack([one.strict for one in self.held_out_targets], size)
-        sums = preference_sums(batch, strict, self.options, dtype=self.processes.dtype)
+        sums = preference_sums(batch, self.options, dtype=self.processes.dtype)
         metrics = {name: float(top) / float(bottom) for name, (top, bottom) in sums.items() if float(bottom)}
         real = lengths > 0
         metrics["loss"] = float(preference_losses(batch, self.options).sum()) / weight

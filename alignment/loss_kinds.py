@@ -1,6 +1,6 @@
 """The table of preference losses: what each one is, where it comes from and what it can be combined with. No torch here.
 
-The functions themselves are in `losses`, `pair_losses` and `ranking_losses`; `options` checks a run's choices against this table.
+The functions themselves are in `losses`, `pair_losses` and `transport`; `options` checks a run's choices against this table.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ _ALL = (
     LossKind("kto", "Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7", takes="step"),
     LossKind("aot", "Melnyk et al. 2024, arXiv:2406.05882, paired", takes="step", smoothing=True),
     LossKind("aot_unpaired", "Melnyk et al. 2024, arXiv:2406.05882, unpaired", takes="step", smoothing=True),
-    LossKind("plackett_luce", "Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 18 to 20", takes="ranking"),
+    LossKind("plackett_luce", "Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 18 to 20", takes="ranking", margin=True),
     LossKind("sft", "the mean negative log-likelihood of a token of the best band, and nothing else", takes="ranking", reference=False),
     LossKind("simpo", "Meng et al. 2024, arXiv:2405.14734, eq. 6", reference=False, per_token=True, smoothing=True, margin=True),
     LossKind("orpo", "Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7", reference=False, per_token=True, sft_weight=1.0),

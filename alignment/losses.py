@@ -4,18 +4,18 @@ One call serves every loss of `loss_kinds`, on B rankings of K completions with 
 once; the pairs are differences of its log-ratios.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alignment.loss_kinds import LOSS_KINDS
 from alignment.options import DPOOptions
 from alignment.pair_losses import PAIR_LOSSES, Pairs, divergence_score, logistic_losses
-from alignment.ranking_losses import Stages, coupling, plackett_luce
+from alignment.transport import coupling
+from rewardmodel.choices import Choices, choice_losses
 from rewardmodel.losses import ranking_losses
+from rewardmodel.tie_models import TIE_MODELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class Compared:
     logps, reference (B, K): log-probabilities in nats, summed over completion tokens (EOS among them);  tokens (B, K): lengths >= 1;
     wins (B, K, K): weight of "i is preferred to j";  ties (B, K, K): weight of "i and j are tied", upper triangle, for ties = rao_kupper
     and davidson;  best (B, K): weight of each completion in the best bands, for the NLL term;  margins (B, K, K): >= 0, of implicit reward;
-    stages: for plackett_luce;  shift: for kto, the KL that rewards are measured from, in nats.
+    choices: of each place of a ranking, for plackett_luce;  strict (B, K, K): weights of preference
+    pairs without any tied ones, for metrics;  shift: for kto, the KL that rewards are measured from, in nats.
     """
 
     logps: Tensor
@@ -35,14 +36,15 @@ class Compared:
     ties: Tensor | None = None
     best: Tensor | None = None
     margins: Tensor | None = None
-    stages: Stages | None = None
+    choices: Choices | None = None
+    strict: Tensor | None = None
     shift: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
         shape = self.logps.shape
         square = (*shape, shape[-1])
         wanted = ((self.reference, shape), (self.tokens, shape), (self.wins, square), (self.ties, square), (self.best, shape))
-        for tensor, expected in (*wanted, (self.margins, square)):
+        for tensor, expected in (*wanted, (self.margins, square), (self.strict, square)):
             if tensor is not None and tensor.shape != expected:
                 raise ValueError(f"shapes do not fit: {tuple(tensor.shape)} beside log-probabilities {tuple(shape)}")
 
@@ -50,11 +52,11 @@ class Compared:
 def preference_losses(batch: Compared, options: DPOOptions) -> Tensor:
     """The loss of each ranking under `options.loss`, and its NLL term.
 
-    Args:    batch: with what the loss asks for (`stages` for plackett_luce, `ties` for tied outcomes, `best` for an NLL term).
-    Returns: losses (B,): sums over weighted pairs (or stages), not averaged over rankings. For a loss that takes a whole step (aot) only
+    Args:    batch: with what the loss asks for (`choices` for plackett_luce, `ties` for tied outcomes, `best` for an NLL term).
+    Returns: losses (B,): sums over weighted pairs (or choices), not averaged over rankings. For a loss that takes a whole step (aot) only
              their sum has a meaning.
     Raises:  ValueError if something that the loss asks for is missing.
-    Source:  each function of `pair_losses` and `ranking_losses`; `loss_kinds` lists them."""
+    Source:  each function below and in `pair_losses`; `loss_kinds` lists them."""
     weight = options.nll_weight if options.loss != "sft" else 1.0
     losses = torch.zeros(len(batch.logps), device=batch.logps.device)
     if options.loss != "sft":
@@ -91,9 +93,7 @@ def _preference_part(batch: Compared, options: DPOOptions) -> Tensor:
     if options.ties in ("rao_kupper", "davidson"):
         return tie_losses(rewards(batch, options), batch.wins, batch.ties, model=options.ties, tie_probability=options.tie_probability)
     if options.loss == "plackett_luce":
-        if batch.stages is None:
-            raise ValueError("plackett_luce needs `stages`")
-        return plackett_luce(options.beta * ratios, batch.stages)
+        return plackett_luce(options.beta * ratios, batch.choices)
     # Only pairs that weigh something: elsewhere stand numbers of other rankings, whose infinities would spoil gradients.
     owner, better, worse = batch.wins.nonzero(as_tuple=True)
     if not len(owner):
@@ -146,15 +146,21 @@ def tie_losses(rewards: Tensor, wins: Tensor, ties: Tensor | None, *, model: str
     Returns: losses (B,).
     Source:  Chen et al. 2024, arXiv:2409.17431 (DPO-RK, eq. 7 to 9; DPO-D, eq. 10 to 12; p = 0.5 is their nu = 3 and nu = 1);
              Rao and Kupper 1967; Davidson 1970."""
-    if model == "davidson":
-        log_nu = torch.tensor(math.log(2 * tie_probability / (1 - tie_probability)), device=rewards.device)
-        return ranking_losses(rewards, wins, ties, log_nu=log_nu)
-    if model != "rao_kupper":
+    if model not in TIE_MODELS:
         raise ValueError(f"unknown model of ties {model!r}")
-    nu = (1 + tie_probability) / (1 - tie_probability)
-    delta = rewards[:, :, None] - rewards[:, None, :]
-    win = F.logsigmoid(delta - math.log(nu))
-    losses = -(wins * win).sum((-1, -2))
-    if ties is not None:
-        losses = losses - (ties * (win + win.mT + math.log(nu * nu - 1))).sum((-1, -2))
-    return losses
+    kind = TIE_MODELS[model]
+    return ranking_losses(rewards, wins, ties, model=kind(torch.tensor(kind.start(tie_probability), device=rewards.device)))
+
+
+def plackett_luce(rewards: Tensor, asked: Choices | None) -> Tensor:
+    """-log of the probability of a ranking when each place is drawn by softmax of the rewards of what is left.
+
+    Each choice weighs the same and all of a ranking weigh 1, so that a long ranking counts like a short one; times their number it is the
+    paper's sum. Ties: `rewardmodel.choices`. For two completions it is DPO's loss.
+
+    Shapes:  B rankings of K completions.   Args: rewards (B, K): beta * log-ratio;  asked: (B, S, ...).   Returns: losses (B,).
+    Raises:  ValueError without `asked`.
+    Source:  Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 18 to 20."""
+    if asked is None:
+        raise ValueError("plackett_luce needs `choices`")
+    return choice_losses(rewards, asked)

@@ -26,15 +26,14 @@ def settled_rewards(batch: Compared, options: DPOOptions, *, dtype: str) -> Tens
     return rewards(replace(batch, logps=torch.where(same, batch.reference, batch.logps)), options)
 
 
-def preference_sums(batch: Compared, strict: Tensor, options: DPOOptions, *, dtype: str) -> Sums:
+def preference_sums(batch: Compared, options: DPOOptions, *, dtype: str) -> Sums:
     """Numerators and denominators over the weighted preference pairs of a batch, detached; a sum over micro-batches and processes is right.
 
     accuracy: share of pairs with the higher implicit reward for the chosen one, equal ones count one half;  margin: difference of implicit
     rewards;  chosen_logps, rejected_logps: nats for a completion;  chosen_log_ratio, rejected_log_ratio: the same above the reference;
-    nll: nats per token of the best bands.
-
-    Args:    strict (B, K, K): weights of preference pairs (no tied ones).
+    nll: nats per token of the best bands. No tied pair is among them.
     """
+    strict = batch.wins if batch.strict is None else batch.strict
     logps, ratios, weight = batch.logps.detach(), (batch.logps - batch.reference).detach(), strict.sum()
     points = settled_rewards(batch, options, dtype=dtype).detach()
     margins = points[:, :, None] - points[:, None, :]

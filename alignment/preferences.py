@@ -8,20 +8,18 @@ from torch import Tensor
 
 from alignment.losses import Compared
 from alignment.options import DPOOptions
-from alignment.ranking_losses import Stages, join_stages, stack_stages, stages
-from rewardmodel.losses import band_matrices, pair_weights, stack
+from rewardmodel.choices import Choices, band_heights, choices, stack_choices
+from rewardmodel.losses import pair_weights, stack
 from training.rankings import EncodedRanking, RaterRanking
 
 LISTED_TIES = 5  # prompts named in the counts
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """All rankings of one prompt's K completions. Each ranking that says anything spreads its weight over its pairs (or stages).
+class Layer:
+    """Rankings of one prompt's K completions that share their margins. Each of them spreads its weight over its pairs (or choices).
 
-    wins, ties, margins, best, stages: as in `Compared`, of one prompt;  strict (K, K): the preference pairs alone, for metrics;
-    weight: sum of the weights of rankings that count;  pairs, tied: preference pairs and tied pairs, over all rankings;
-    silent: rankings that leave nothing to learn from (under ties = drop, those of one band).
+    wins, ties, best, margins, choices: as in `Compared`, of one prompt;  strict (K, K): the preference pairs alone, for metrics.
     """
 
     wins: Tensor
@@ -29,37 +27,45 @@ class Target:
     strict: Tensor
     best: Tensor
     margins: Tensor
-    stages: Stages
+    choices: Choices | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """All rankings of one prompt. `weight`: of those that count;  `pairs`, `tied`: preference pairs and tied pairs, over all of them."""
+
+    layers: tuple[Layer, ...]
     weight: float
     pairs: int
     tied: int
-    silent: int
 
 
 def target(rankings: Sequence[RaterRanking], size: int, options: DPOOptions) -> Target:
     """Weights of one prompt's completions under the run's treatment of ties.
 
+    A tie is no pair ("drop"), half a win each way ("half"), or an outcome of its own ("rao_kupper", "davidson"). Rankings without stated
+    strengths are one layer; with them each has its own, because the losses are not linear in the margins.
+
     Args:    rankings: with the weight each one has;  size: K;  options: ties, loss, strength_margin.
-    Returns: a Target; a tie is no pair ("drop"), half a win each way ("half"), or an outcome ("rao_kupper", "davidson").
     """
-    as_outcome = options.ties in ("rao_kupper", "davidson")
-    weights = pair_weights(rankings, size, ties="davidson" if as_outcome else options.ties)
-    strict = pair_weights(rankings, size, ties="drop")
-    parts = []
-    if options.loss == "plackett_luce":
-        parts = [stages(ranking.bands, size, ties=options.ties, weight=ranking.weight) for ranking in rankings if ranking.weight > 0]
-    silent = sum(1 for ranking in rankings if not pair_weights([ranking], size, ties="davidson" if as_outcome else options.ties).weight)
-    return Target(
-        wins=weights.wins,
-        ties=weights.ties,
-        strict=strict.wins,
+    stated = [one for one in rankings if options.strength_margin and any(one.strengths)]
+    silent = [one for one in rankings if not (options.strength_margin and any(one.strengths))]
+    said = pair_weights(rankings, size, ties=options.ties)
+    layers = tuple(_layer(group, size, options) for group in (silent, *([one] for one in stated)) if group)
+    return Target(layers, said.weight, said.pairs, said.tied)
+
+
+def _layer(rankings: Sequence[RaterRanking], size: int, options: DPOOptions) -> Layer:
+    said = pair_weights(rankings, size, ties=options.ties)
+    listwise = options.loss == "plackett_luce"
+    heights = torch.tensor(band_heights(rankings[0], size) if options.strength_margin else [0.0] * size)
+    return Layer(
+        wins=said.wins,
+        ties=said.ties,
+        strict=pair_weights(rankings, size, ties="drop").wins,
         best=best_weights(rankings, size),
-        margins=options.strength_margin * mean_strengths(rankings, size),
-        stages=join_stages(parts, size),
-        weight=weights.weight,
-        pairs=weights.pairs,
-        tied=weights.tied,
-        silent=silent,
+        margins=options.strength_margin * (heights[:, None] - heights[None, :]).abs(),
+        choices=choices(rankings, size, ties=options.ties, strength_margin=options.strength_margin) if listwise else None,
     )
 
 
@@ -72,40 +78,25 @@ def best_weights(rankings: Sequence[RaterRanking], size: int) -> Tensor:
     return best
 
 
-def mean_strengths(rankings: Sequence[RaterRanking], size: int) -> Tensor:
-    """(K, K): how much better i is than j, in units of stated strength, the mean over the rankings that put i before j; 0 where none says.
-
-    The strength between two bands is the sum of those of the steps between them. Pairs of several raters share one margin, because their
-    loss is taken once, with the sum of their weights.
-    """
-    total, weight = torch.zeros(size, size), torch.zeros(size, size)
-    for ranking in rankings:
-        wins = ranking.weight * band_matrices(ranking.bands, size)[0]
-        weight += wins
-        height = torch.zeros(size)
-        above = 0.0
-        for band, strength in zip(ranking.bands[1:], getattr(ranking, "strengths", ()), strict=False):
-            above += strength
-            height[list(band)] = above
-        total += wins * (height[None, :] - height[:, None])
-    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
-
-
 def compare(targets: Sequence[Target], logps: Tensor, reference: Tensor, tokens: Tensor, *, shift: Tensor | float = 0.0) -> Compared:
-    """The batch that `preference_losses` takes, on the device of the log-probabilities (B, K)."""
+    """The batch that `preference_losses` takes, a row for each layer, on the device of the log-probabilities (B, K)."""
     device, size = logps.device, logps.shape[1]
-    best = torch.zeros(logps.shape)
-    for place, one in enumerate(targets):
-        best[place, : len(one.best)] = one.best
+    layers = [layer for one in targets for layer in one.layers]
+    owner = torch.tensor([place for place, one in enumerate(targets) for _ in one.layers], dtype=torch.long, device=device)
+    best = torch.zeros((len(layers), size))
+    for place, layer in enumerate(layers):
+        best[place, : len(layer.best)] = layer.best
+    asked = [layer.choices for layer in layers if layer.choices is not None]
     return Compared(
-        logps=logps,
-        reference=reference.to(device),
-        tokens=tokens.to(device),
-        wins=stack([one.wins for one in targets], size).to(device),
-        ties=stack([one.ties for one in targets], size).to(device),
+        logps=logps[owner],
+        reference=reference.to(device)[owner],
+        tokens=tokens.to(device)[owner],
+        wins=stack([layer.wins for layer in layers], size).to(device),
+        ties=stack([layer.ties for layer in layers], size).to(device),
         best=best.to(device),
-        margins=stack([one.margins for one in targets], size).to(device),
-        stages=stack_stages([one.stages for one in targets], size).to(device),
+        margins=stack([layer.margins for layer in layers], size).to(device),
+        choices=stack_choices(asked, size).to(device) if asked else None,
+        strict=stack([layer.strict for layer in layers], size).to(device),
         shift=shift,
     )
 

@@ -12,7 +12,7 @@ from alignment.losses import Compared, preference_losses, tie_losses
 from alignment.options import DPOOptions
 from alignment.pair_losses import PAIR_LOSSES
 from alignment.preferences import best_weights, compare, target
-from alignment.ranking_losses import coupling, stages
+from alignment.transport import coupling
 from training.options import OptionError
 from training.rankings import RaterRanking
 
@@ -64,7 +64,7 @@ def test_options_that_make_no_sense_together_are_refused_with_the_reason(options
         DPOOptions(**options)
 
 
-@pytest.mark.parametrize("wrong", ["reference", "tokens", "wins", "ties", "best", "margins"])
+@pytest.mark.parametrize("wrong", ["reference", "tokens", "wins", "ties", "best", "margins", "strict"])
 def test_shapes_are_checked(wrong):
     good = {
         "logps": (2, 3),
@@ -74,6 +74,7 @@ def test_shapes_are_checked(wrong):
         "ties": (2, 3, 3),
         "best": (2, 3),
         "margins": (2, 3, 3),
+        "strict": (2, 3, 3),
     }
     with pytest.raises(ValueError, match="shapes do not fit"):
         Compared(**{name: torch.zeros((2, 2) if name == wrong else shape) for name, shape in good.items()})
@@ -81,14 +82,14 @@ def test_shapes_are_checked(wrong):
 
 def test_what_a_loss_asks_for_must_be_there():
     batch = Compared(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2, 2))
-    with pytest.raises(ValueError, match="needs `stages`"):
+    with pytest.raises(ValueError, match="needs `choices`"):
         preference_losses(batch, DPOOptions(loss="plackett_luce"))
     with pytest.raises(ValueError, match="needs `best`"):
         preference_losses(batch, DPOOptions(sft_weight=1.0))
-    with pytest.raises(ValueError, match="unknown treatment"):
-        stages(((0,), (1,)), 2, ties="davidson")
-    with pytest.raises(ValueError, match="up to 8"):
-        stages((tuple(range(9)), (9,)), 10, ties="half")
+    with pytest.raises(ValueError, match="unknown model of ties"):
+        tie_losses(torch.zeros(1, 2), torch.zeros(1, 2, 2), None, model="half", tie_probability=0.5)
+    with pytest.raises(ValueError, match="completions are tied"):
+        target([said(range(11), [11])], 12, DPOOptions(loss="plackett_luce", ties="half"))
 
 
 def test_the_table_names_every_loss_once():
@@ -290,3 +291,33 @@ def test_every_divergence_is_the_log_ratio_near_the_reference(divergence):
     )
     scale = 0.5 if divergence == "js_divergence" else 1.0  # its second derivative at 1 is 1/2
     assert float(one) - math.log(2) == pytest.approx(scale * (float(other) - math.log(2)), abs=2e-7)
+
+
+# Strengths
+
+
+def ranked_by(strengths, *bands, weight=1.0):
+    return RaterRanking(tuple(map(tuple, bands)), weight=weight, strengths=tuple(strengths))
+
+
+@pytest.mark.parametrize("loss", [name for name in NAMES if LOSS_KINDS[name].margin])
+def test_a_stated_strength_is_taken_off_inside(loss):
+    """Margin 0.5 * 2 = 1: the loss of a reward difference of 3 is that of 2 without a margin."""
+    base = {"loss": loss, "beta": 1.0, "sft_weight": 0.0}
+    scale = 4.0 if LOSS_KINDS[loss].per_token else 1.0
+    ahead = torch.tensor([[3.0, 0.0]]) * scale
+    with_margin = losses_of([[ranked_by((2.0,), [0], [1])]], ahead, torch.zeros(1, 2), DPOOptions(strength_margin=0.5, **base))
+    without = losses_of([[said([0], [1])]], ahead * 2 / 3, torch.zeros(1, 2), DPOOptions(**base))
+    torch.testing.assert_close(with_margin, without)
+
+
+def test_strengths_add_up_between_bands_and_each_rater_has_his_own_margins():
+    """Margins 1 between 2 and 0, 3 between 0 and 1, hence 4 between 2 and 1; a second rater states 2 between 2 and 1; a third nothing."""
+    options = DPOOptions(beta=1.0, strength_margin=1.0)
+    one, two, three = ranked_by((1.0, 3.0), [2], [0], [1]), ranked_by((2.0,), [2], [1]), said([1], [0], weight=2.0)
+    logps, reference = torch.tensor([[0.3, -0.4, 2.0]]), torch.zeros(1, 3)
+    by_pair = [0.3 - -0.4 - 3, 2.0 - 0.3 - 1, 2.0 - -0.4 - 4]
+    expected = -F.logsigmoid(torch.tensor(by_pair)).mean() - F.logsigmoid(torch.tensor(2.4 - 2)) - 2 * F.logsigmoid(torch.tensor(-0.7))
+    assert float(losses_of([[one, two, three]], logps, reference, options).sum()) == pytest.approx(float(expected), abs=1e-5)
+    assert target([one, two, three], 3, options).weight == 4.0
+    assert len(target([one, two, three], 3, DPOOptions()).layers) == 1, "without a margin they share one layer"
