@@ -14,6 +14,7 @@ from alignment.curves import charts_of, figures_of, shown
 from alignment.follow import COUNTED_AS_WARNING
 from alignment.knowledge import knowledge_of, told_elsewhere
 from alignment.launch import child_command, gpu_count
+from alignment.ledgers import ledger_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
 from annotation.errors import Refused
@@ -223,7 +224,7 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
         "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
-        "counts": next((event for event in reversed(events) if event.get("kind") == "counts"), None),
+        "ledger": ledger_of(next((event for event in reversed(events) if event.get("kind") == "counts"), None)),
         "knowledge": knowledge,
         "figures": figures_of(told_elsewhere(job.metrics) if knowledge else job.metrics),
         "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],

@@ -27,7 +27,7 @@ def signed_ranks(differences: np.ndarray) -> np.ndarray:
 
 
 def partial_correlation(
-    one: np.ndarray, other: np.ndarray, given: np.ndarray, prompts: Sequence[str], *, samples: int = 1000, seed: int = 0
+    one: np.ndarray, other: np.ndarray, given: np.ndarray, prompts: Sequence[str] | np.ndarray, *, samples: int = 1000, seed: int = 0
 ) -> Correlation | None:
     """Rank correlation of `one` and `other` over pairs with `given` held fixed:
 

@@ -64,7 +64,7 @@ class RewardNotes:
         return torch.sigmoid(difference * (fmean(self.scales) / self.temperature))
 
 
-def normalisation(scores: Tensor) -> dict[str, float | tuple[float, ...]]:
+def normalisation(scores: Tensor) -> dict[str, Any]:
     """`mean` and `scale` for the notes: one number for one member, else one each.
 
     Args:    scores (N, M) of training completions."""

@@ -9,6 +9,7 @@ from django.utils import timezone
 
 from alignment.follow import progress_of
 from alignment.knowledge import GLUE, knowledge_of, told_elsewhere
+from alignment.ledgers import ledger_of
 from alignment.models import Job, TrainedModel
 from annotation.models import User
 from training.rundir import RunDirectory
@@ -118,6 +119,33 @@ def test_pages_of_a_model_without_a_report_do_without(engineer):
         answer = engineer.get(address)
         assert answer.status_code == 200
         assert b"What the reward model knows" not in answer.content
+
+
+def test_every_row_that_a_run_left_out_is_listed_with_its_reason_and_keys():
+    train = {"read": 40, "dropped": {"too long": 2}, "dropped_keys": {"too long": ["p[1]", "q"]}, "rankings": 10, "preference_pairs": 30}
+    train |= {"tied_pairs": 0, "rankings_left_out": {"its weight is 0": 1}, "rankings_left_out_keys": {"its weight is 0": ["r7"]}}
+    held_out = {
+        "read": 4,
+        "rankings": 1,
+        "preference_pairs": 3,
+        "tied_pairs": 1,
+        "rankings_shortened": 1,
+        "rankings_shortened_keys": ["r9"],
+    }
+    told = [(entry.name, entry.counts, entry.keys) for entry in ledger_of({"train": train, "held_out": held_out})]
+    assert told == [
+        ("completions read", (40, 4), ()),
+        ("rankings of usable prompts", (10, 1), ()),
+        ("rankings that lost a completion", (0, 1), ("r9",)),
+        ("preference pairs", (30, 3), ()),
+        ("tied pairs", (0, 1), ()),
+        ("completions left out: too long", (2, 0), ("p[1]", "q")),
+        ("rankings left out: its weight is 0", (1, 0), ("r7",)),
+    ]
+
+
+def test_runs_that_read_no_rankings_have_no_such_list():
+    assert ledger_of(None) == ledger_of({"kind": "counts", "train": {"read": 3}}) == []
 
 
 def test_a_job_moves_while_its_learning_curve_is_drawn():
