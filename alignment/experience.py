@@ -115,8 +115,8 @@ def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) 
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """`reward` (mean of the scores), `reward_spread` (mean spread over the reward model's members; 0 for one), `kl_k1_nats` and `kl_k3_nats`
-    (of whole completions), `entropy_nats` (a token), `length_tokens`, `unfinished_share`."""
+    """`reward` (mean of the scores), `reward_spread` (their mean spread over the reward model's members; 0 for one), `kl_k1_nats` and
+    `kl_k3_nats` (of whole completions), `entropy_nats` (a token), `length_tokens`, `unfinished_share`."""
     mask = experience.mask
     logps, reference_logps = (tensor.masked_fill(~mask, 0) for tensor in (experience.logps, experience.reference_logps))
     return {

@@ -23,7 +23,7 @@ from training.rundir import RunDirectory
 
 @dataclass(slots=True)
 class Actors:
-    """`reference` is None where the policy's own adapter can be switched off. Values are in the units of the scores: `value_notes` say how."""
+    """`reference` is None where the policy's own adapter can be switched off. `value_notes` put values into the units of scores."""
 
     policy: Any
     reference: Any | None

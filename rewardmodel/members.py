@@ -35,11 +35,12 @@ class MemberLora(nn.Module):
         super().__init__()
         self.layer = layer
         self.scale = lora.alpha / lora.rank
-        inside, outside = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-        bound = 1 / math.sqrt(inside)  # type: ignore[arg-type]
-        start = torch.empty(members, lora.rank, inside).uniform_(-bound, bound, generator=generator)  # type: ignore[call-overload]
+        sizes: Any = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        inside, outside = sizes
+        bound = 1 / math.sqrt(inside)
+        start = torch.empty(members, lora.rank, inside).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(start)
-        self.lora_b = nn.Parameter(torch.zeros(members, outside, lora.rank))  # type: ignore[call-overload]
+        self.lora_b = nn.Parameter(torch.zeros(members, outside, lora.rank))
 
     def forward(self, states: Tensor) -> Tensor:
         """(M x B, ..., in) -> (M x B, ..., out), member by member."""
@@ -152,9 +153,7 @@ def _targets(model: PreTrainedModel, lora: Lora) -> list[str]:
 
     Raises:  InputError if a target names no linear layer."""
     linear = [
-        f"{model.base_model_prefix}.{name}"
-        for name, layer in model.base_model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D)
+        f"{model.base_model_prefix}.{name}" for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)
     ]
     if lora.targets == ("all-linear",):
         return linear
@@ -169,7 +168,7 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, layer)
 
 
-def _repeat(members: int, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _repeat(members: int, _backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Every row M times, the whole batch for member 0 first."""
     rows = len(kwargs["input_ids"])
 
@@ -181,7 +180,7 @@ def _repeat(members: int, backbone: nn.Module, args: Any, kwargs: dict[str, Any]
     return tuple(map(tiled, args)), {name: tiled(value) for name, value in kwargs.items()}
 
 
-def _side_by_side(members: int, backbone: nn.Module, args: Any, output: Any) -> Any:
+def _side_by_side(members: int, _backbone: nn.Module, _args: Any, output: Any) -> Any:
     """States (M x B, T, H) -> (B, T, M x H)."""
     states = output.last_hidden_state
     output.last_hidden_state = states.unflatten(0, (members, -1)).movedim(0, -2).flatten(-2)

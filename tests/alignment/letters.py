@@ -98,8 +98,8 @@ def ppo_run(folder: Path, home: Path, *, seed: int = 0, **options) -> RunDirecto
 
 
 def write_ensemble(folder: Path, *, likes: tuple[float, ...] = (1.0, 1.0, -0.5)) -> Path:
-    """`folder/ensemble`: heads over the backbone of `folder/reward`, member m liking the letter `a` by likes[m]. They agree on texts without
-    an `a` (they all score 0 there, before normalisation), and dispute the more the more `a` there are."""
+    """`folder/ensemble`: heads over the backbone of `folder/reward`, member m liking the letter `a` by likes[m]. Before normalisation they
+    all score 0 without an `a`, and differ the more the more of it there is."""
     encoder = make_encoder()
     model = load_reward_model(folder / "plain", ensemble=Ensemble(len(likes)))
     single = load_reward_model(folder / "reward")

@@ -140,7 +140,7 @@ def test_equal_texts_go_behind_all_others():
 
 
 def test_what_members_dispute_is_kept(home: Path, tmp_path: Path, drawn):
-    """The members differ about the letter a, and the more of it the more: the text with the most of it stands beside the one with the least."""
+    """The more of the letter a, the more the members differ: the text with the most of it stands beside the one with the least."""
     run = make(tmp_path / "run", home, keep="uncertain", candidates=8, samples=3)
     generate.run(run)
     scorer = Scorer.load(home / "ensemble")

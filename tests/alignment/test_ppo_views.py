@@ -35,7 +35,9 @@ def test_pessimism_about_one_member_is_refused(home: Path, tmp_path: Path):
 
 
 def test_each_view_pays_what_it_says(home: Path, tmp_path: Path):
-    settings = {view: Setting(home, tmp_path / view, reward_view=view, spread_weight=0.5) for view in ("mean", "worst", "mean_minus_spread")}
+    settings = {
+        view: Setting(home, tmp_path / view, reward_view=view, spread_weight=0.5) for view in ("mean", "worst", "mean_minus_spread")
+    }
     scorer = Scorer.load(home / "reward")
     found = {view: setting.experience for view, setting in settings.items()}
     views = scorer.views(scorer.raw_scores(found["mean"].rows))

@@ -219,7 +219,7 @@ def test_a_round_that_asks_what_is_disputed_gives_its_reward_model_to_those_who_
 
 
 def test_only_the_most_disputed_prompts_come_home_and_the_others_are_counted(project, place):
-    """Two policies dispute prompts differently; the mean over both counts. Key n: disagreement n / 100 and (20 - n) / 50, mean (40 - n) / 200."""
+    """The mean over both policies counts. Key n: disagreement n / 100 and (20 - n) / 50, mean (40 - n) / 200."""
     made = begin(project, place, methods=("dpo",), options=UNCERTAIN, prompts=0)
     while (job := job_claim(worker="w", lease_seconds=60, slots=1, free=1)) is not None:
         job.folder.mkdir(parents=True, exist_ok=True)
