@@ -182,9 +182,13 @@ def make_run(folder: Path, method: str, *, model: Path, data: Path, seed: int = 
 
 
 def start(
-    run: RunDirectory, *arguments: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    run: RunDirectory,
+    *arguments: str,
+    launcher: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    module: str = "alignment",
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, "-m", "alignment", str(run.path), *arguments]
+    command = [sys.executable, *launcher, "-m", module, str(run.path), *arguments]
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
