@@ -1,9 +1,11 @@
 import math
+import re
 
 import pytest
+import torch
 
 import alignment.dpo
-from tests.training.tiny import events, llama, make_run, snapshot
+from tests.training.tiny import events, llama, make_run, snapshot, start, weights
 from training.encode import Encoder
 from training.errors import InputError
 
@@ -62,3 +64,69 @@ def test_another_reference_is_used_and_one_of_another_tokenizer_refused(tmp_path
     run.inputs["reference"] = str(other)
     with pytest.raises(InputError, match="encodes text differently"):
         alignment.dpo.run(run)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "kto"])
+def test_a_loss_of_a_whole_step_is_refused_where_the_step_would_be_cut(tmp_path, model, data, loss):
+    run = make_run(tmp_path / "run", "dpo", model=model, data=data, loss=loss, tokens_per_micro_batch=200)
+    with pytest.raises(InputError, match="micro-batches of 200 tokens cut it") as refusal:
+        alignment.dpo.run(run)
+    tokens = re.search(r"at least (\d+)", refusal.value.remedy)
+    assert tokens
+    run = finished(tmp_path / "again", model, data, loss=loss, max_steps=2, batch_rankings=32, tokens_per_micro_batch=int(tokens[1]))
+    assert run.result()["metrics"]["loss"] > 0
+
+
+@pytest.mark.training
+def test_a_loss_of_a_whole_step_is_refused_with_two_processes(tmp_path, model, data):
+    run = make_run(tmp_path / "run", "dpo", model=model, data=data, loss="aot", max_steps=1)
+    child = start(run, "--processes", "2")
+    output = child.communicate(timeout=240)[0]
+    assert child.returncode == 2, output
+    assert "2 processes would each see a part" in run.error()["error"]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "plackett_luce", "ties": "half"},
+        {"ties": "rao_kupper", "rater_weights": "agreement"},
+        {"loss": "ipo", "sft_weight": 0.2},
+        {"loss": "orpo"},
+        {"loss": "exo_pair", "label_smoothing": 0.01, "f_divergence": "js_divergence"},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_small_micro_batches_give_the_same_update(tmp_path, model, data, options):
+    whole = finished(tmp_path / "whole", model, data, max_steps=3, learning_rate=1e-3, **options)
+    cut = finished(tmp_path / "cut", model, data, max_steps=3, learning_rate=1e-3, tokens_per_micro_batch=1, **options)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(cut)[name], atol=1e-5, rtol=0)
+    for one, other in zip(events(whole, "step"), events(cut, "step"), strict=True):
+        for name in ("loss", "accuracy", "chosen_logps", "nll"):
+            assert one["metrics"][name] == pytest.approx(other["metrics"][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.training
+def test_what_becomes_of_ties_and_raters_is_counted(tmp_path, model, data):
+    dropped = finished(tmp_path / "drop", model, data, max_steps=1).result()["counts"]
+    assert dropped["ties_left_out"] == dropped["ties"] == dropped["train"]["tied_pairs"] > 0
+    assert dropped["tied_first"][0].startswith("prompt-")
+    modelled = finished(tmp_path / "model", model, data, max_steps=1, ties="rao_kupper", rater_weights="agreement").result()["counts"]
+    assert modelled["ties"] == dropped["ties"]
+    assert "ties_left_out" not in modelled
+    assert set(modelled["rater_weights"]) == {"rater-0", "rater-1"}
+
+
+@pytest.mark.training
+def test_chosen_completions_that_become_unlikely_are_told_once_with_a_remedy(tmp_path, model, data):
+    """apo_down lowers the chosen ones too, by design; with the NLL of the chosen ones added they rise, and nothing is told."""
+    falling = finished(tmp_path / "falling", model, data, loss="apo_down", beta=1.0, epochs=10, learning_rate=3e-3)
+    (told,) = (event for event in events(falling, "warning") if event.get("chosen_fell"))
+    assert "sft_weight" in told["text"]
+    assert events(falling, "step")[-1]["metrics"]["chosen_log_ratio"] < -1
+    assert math.isclose(events(falling, "step")[0]["metrics"]["chosen_log_ratio"], 0, abs_tol=1e-3)
+    rising = finished(tmp_path / "rising", model, data, sft_weight=1.0, epochs=10, learning_rate=3e-3)
+    assert not [event for event in events(rising, "warning") if event.get("chosen_fell")]
+    assert events(rising, "step")[-1]["metrics"]["chosen_log_ratio"] > 0
