@@ -31,7 +31,7 @@ _ALL = (
     ),
     LossKind(
         "sigmoid_norm",
-        "Lambert et al. 2024, arXiv:2411.15124, eq. 6",
+        "Lambert et al. 2024, arXiv:2411.15124",
         per_token=True,
         divergence=True,
         smoothing=True,
@@ -39,10 +39,10 @@ _ALL = (
     ),
     LossKind("hinge", "Zhao et al. 2023 (SLiC), arXiv:2305.10425; Liu et al. 2023 (RSO), arXiv:2309.06657", divergence=True, margin=True),
     LossKind("ipo", "Azar et al. 2023, arXiv:2310.12036, eq. 17", per_token=True, divergence=True),
-    LossKind("robust", "Chowdhury et al. 2024, arXiv:2403.00409, eq. 12", divergence=True, smoothing=True, margin=True),
+    LossKind("robust", "Chowdhury et al. 2024, arXiv:2403.00409", divergence=True, smoothing=True, margin=True),
     LossKind("exo_pair", "Ji et al. 2024, arXiv:2402.00856, eq. 16", divergence=True, smoothing=True),
     LossKind("discopop", "Lu et al. 2024, arXiv:2406.08414, eq. 5", divergence=True),
-    LossKind("nca_pair", "Chen et al. 2024, arXiv:2402.05369, eq. 11"),
+    LossKind("nca_pair", "Chen et al. 2024, arXiv:2402.05369"),
     LossKind("bco_pair", "Jung et al. 2024, arXiv:2404.04656, without the reward shift"),
     LossKind("sppo_hard", "Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with certain preferences"),
     LossKind("apo_zero", "D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7"),
@@ -54,6 +54,6 @@ _ALL = (
     LossKind("sft", "the mean negative log-likelihood of a token of the best band, and nothing else", takes="ranking", reference=False),
     LossKind("simpo", "Meng et al. 2024, arXiv:2405.14734, eq. 6", reference=False, per_token=True, smoothing=True, margin=True),
     LossKind("orpo", "Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7", reference=False, per_token=True, sft_weight=1.0),
-    LossKind("cpo", "Xu et al. 2024, arXiv:2401.08417, eq. 3 and 4", reference=False, smoothing=True, margin=True, sft_weight=1.0),
+    LossKind("cpo", "Xu et al. 2024, arXiv:2401.08417, eq. 3", reference=False, smoothing=True, margin=True, sft_weight=1.0),
 )
 LOSS_KINDS: dict[str, LossKind] = {kind.name: kind for kind in _ALL}

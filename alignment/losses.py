@@ -144,7 +144,7 @@ def tie_losses(rewards: Tensor, wins: Tensor, ties: Tensor | None, *, model: str
     Args:    rewards (B, K): beta * log-ratio;  wins, ties (B, K, K) weights;  model: "rao_kupper" or "davidson";
              tie_probability: of two equals, in (0, 1): nu = (1 + p) / (1 - p) under Rao-Kupper, nu = p / (1 - p) under Davidson.
     Returns: losses (B,).
-    Source:  Chen et al. 2024, arXiv:2409.17431 (DPO-RK, eq. 7 to 9; DPO-D, eq. 10 to 12; p = 0.5 is their nu = 3 and nu = 1);
+    Source:  Chen et al. 2024, arXiv:2409.17431 (DPO-RK and DPO-D; p = 0.5 is their nu = 3 and nu = 1);
              Rao and Kupper 1967; Davidson 1970."""
     if model not in TIE_MODELS:
         raise ValueError(f"unknown model of ties {model!r}")

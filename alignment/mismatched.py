@@ -31,7 +31,7 @@ class Mismatched:
     def shift(self, indices: Sequence[int], logps: Callable[[Sequence[Row]], Tensor]) -> Tensor:
         """Estimated KL(policy || reference) in nats, a scalar >= 0 without gradients: mean log-ratio over the rows of these items.
 
-        Source:  Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1: z0 is shared by a batch and biased, but cheap and stable."""
+        Source:  Ethayarajh et al. 2024, arXiv:2402.01306: z0 is shared by a batch and biased, but cheap and stable."""
         places = [self.row_of[index] for index in indices if index in self.row_of]
         if not places:
             return torch.zeros(())

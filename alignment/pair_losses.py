@@ -52,7 +52,7 @@ def divergence_score(ratios: Tensor, divergence: str, coefficient: float) -> Ten
 
     Args:    ratios: log t in nats, any shape;  coefficient: a, of alpha_divergence alone (a = 1 is reverse KL).
     Raises:  ValueError for an unknown divergence.
-    Source:  Wang et al. 2023, arXiv:2309.16240, table 1, in the form of TRL 1.16's DPOTrainer."""
+    Source:  Wang et al. 2023, arXiv:2309.16240, in the form of TRL 1.16's DPOTrainer."""
     if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(coefficient - 1) < 1e-6):
         return ratios
     if divergence == "forward_kl":
@@ -74,21 +74,21 @@ def sigmoid(pairs: Pairs, options: DPOOptions) -> Tensor:
     """DPO: -log s(beta (f'(c) - f'(r)) - m), smoothed as cDPO where `label_smoothing` says so.
 
     Source:  Rafailov et al. 2023, arXiv:2305.18290, eq. 7; cDPO: Mitchell 2023, "A note on DPO with noisy preferences"; margin: Amini et
-             al. 2024 (ODPO), arXiv:2402.10571, eq. 8."""
+             al. 2024 (ODPO), arXiv:2402.10571."""
     return logistic_losses(options.beta * pairs.delta() - pairs.margins, options.label_smoothing)
 
 
 def sigmoid_norm(pairs: Pairs, options: DPOOptions) -> Tensor:
     """Length-normalised DPO: -log s(beta (f'(c) / |c| - f'(r) / |r|) - m). Beta is of another size here: 5 is usual.
 
-    Source:  Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, eq. 6."""
+    Source:  Lambert et al. 2024 (Tulu 3), arXiv:2411.15124."""
     return logistic_losses(options.beta * pairs.delta_per_token() - pairs.margins, options.label_smoothing)
 
 
 def hinge(pairs: Pairs, options: DPOOptions) -> Tensor:
     """max(0, 1 + m - beta (f'(c) - f'(r))).
 
-    Source:  Liu et al. 2023 (RSO), arXiv:2309.06657, eq. 11, after SLiC, arXiv:2305.10425; 1 / beta is SLiC's margin."""
+    Source:  Liu et al. 2023 (RSO), arXiv:2309.06657, after SLiC, arXiv:2305.10425; 1 / beta is SLiC's margin."""
     return torch.relu(1 + pairs.margins - options.beta * pairs.delta())
 
 
@@ -103,7 +103,7 @@ def ipo(pairs: Pairs, options: DPOOptions) -> Tensor:
 def robust(pairs: Pairs, options: DPOOptions) -> Tensor:
     """(-(1 - e) log s(x) + e log s(-x)) / (1 - 2e), x = beta (f'(c) - f'(r)) - m: its mean over flipped labels is DPO's loss of true ones.
 
-    Source:  Chowdhury et al. 2024, arXiv:2403.00409, eq. 12; e is `label_smoothing`, the share of flipped labels."""
+    Source:  Chowdhury et al. 2024, arXiv:2403.00409; e is `label_smoothing`, the share of flipped labels."""
     smoothing, logits = options.label_smoothing, options.beta * pairs.delta() - pairs.margins
     return (smoothing * F.logsigmoid(-logits) - (1 - smoothing) * F.logsigmoid(logits)) / (1 - 2 * smoothing)
 
@@ -130,7 +130,7 @@ def discopop(pairs: Pairs, options: DPOOptions) -> Tensor:
 def nca_pair(pairs: Pairs, options: DPOOptions) -> Tensor:
     """-log s(beta c) - (log s(-beta c) + log s(-beta r)) / 2: the likelihood of the chosen itself is held up, not the difference alone.
 
-    Source:  Chen et al. 2024, arXiv:2402.05369, eq. 11 for two completions."""
+    Source:  Chen et al. 2024, arXiv:2402.05369 for two completions."""
     chosen, rejected = options.beta * pairs.chosen, options.beta * pairs.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
@@ -138,7 +138,7 @@ def nca_pair(pairs: Pairs, options: DPOOptions) -> Tensor:
 def bco_pair(pairs: Pairs, options: DPOOptions) -> Tensor:
     """-log s(beta c) - log s(-beta r): a classifier of good and bad whose logit is the implicit reward.
 
-    Source:  Jung et al. 2024, arXiv:2404.04656, eq. 11 with reward shift 0, as TRL 1.16's `bco_pair`."""
+    Source:  Jung et al. 2024, arXiv:2404.04656, with reward shift 0, as TRL 1.16's `bco_pair`."""
     return -F.logsigmoid(options.beta * pairs.chosen) - F.logsigmoid(-options.beta * pairs.rejected)
 
 
@@ -183,7 +183,7 @@ def simpo(pairs: Pairs, options: DPOOptions) -> Tensor:
 def cpo(pairs: Pairs, options: DPOOptions) -> Tensor:
     """-log s(beta (c - r) - m), c and r log-probabilities: DPO with a uniform reference. Its NLL term is `sft_weight`, here 1 by default.
 
-    Source:  Xu et al. 2024, arXiv:2401.08417, eq. 3 and 4."""
+    Source:  Xu et al. 2024, arXiv:2401.08417, eq. 3."""
     return logistic_losses(options.beta * pairs.delta() - pairs.margins, options.label_smoothing)
 
 

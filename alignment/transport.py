@@ -13,7 +13,7 @@ def coupling(one: Tensor, other: Tensor, weights: Tensor, other_weights: Tensor)
 
     Shapes:  N and M numbers with weights > 0 of the same sum.
     Returns: (P,) int64 places in `one`, (P,) places in `other`, (P,) float32 mass that goes with each; equal weights give a sort of both.
-    Source:  Melnyk et al. 2024 (AOT), arXiv:2406.05882, eq. 7 and 9; one-dimensional optimal transport: Villani 2003, theorem 2.18."""
+    Source:  Melnyk et al. 2024 (AOT), arXiv:2406.05882; one-dimensional optimal transport: Villani 2003, theorem 2.18."""
     order, other_order = one.argsort(stable=True), other.argsort(stable=True)
     ends, other_ends = weights.double()[order].cumsum(0), other_weights.double()[other_order].cumsum(0)
     edges = torch.cat([ends, other_ends]).sort().values

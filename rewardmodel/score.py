@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewardmodel.ensemble import Views, views
+from rewardmodel.members import AdapterEnsemble
 from rewardmodel.network import head_scores, load_reward_model
 from training.encode import Encoder, Message
 from training.errors import InputError
@@ -148,5 +149,8 @@ class Scorer:
 
 
 def row_scores(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
-    """(B, M) float32 score of each row by each member, read at its last token. Keeps gradients."""
-    return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=budget))
+    """(B, M) float32 score of each row by each member, read at its last token. Keeps gradients.
+
+    Args:    budget: tokens of one forward pass; M adapters read each token M times."""
+    copies = model.members if isinstance(model, AdapterEnsemble) else 1
+    return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=max(1, budget // copies)))

@@ -246,7 +246,7 @@ def test_a_weight_of_two_is_two_raters_who_agree(loss):
 def test_every_loss_prefers_what_raters_prefer(loss):
     """One step down the gradient from where policy and reference agree: the chosen one gains on the rejected one.
 
-    Discopop is no monotone loss: it has a hill at 0 (Lu et al. 2024, figure 3), so there it is looked at with the chosen one 5 nats ahead.
+    Discopop is no monotone loss: it has a hill at 0, so there it is looked at with the chosen one 5 nats ahead.
     """
     reference = torch.tensor([[-8.0, -8.0]])
     logps = (reference + torch.tensor([[0.0, 5.0 if loss == "discopop" else 0.0]])).requires_grad_(True)

@@ -4,7 +4,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rewardmodel.network import is_reward_model, load_reward_model, scores, token_values
 from rewardmodel.score import REWARD_FILE, RewardNotes, Scorer, row_scores
-from tests.training.tiny import FAMILIES, llama, texts, user
+from tests.training.tiny import ALL_FAMILIES, llama, texts, user
 from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import Lora, save_model
@@ -28,9 +28,9 @@ def rows_of(encoder, count=5):
     return [Row(encoder.prompt_ids(user(lines[2 * n])), encoder.completion_ids(lines[2 * n + 1])) for n in range(count)]
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(ALL_FAMILIES.keys() - {"mamba"}))  # transformers has no Mamba with a score head
 def family(request, tmp_path):
-    folder = FAMILIES[request.param](tmp_path / "m")
+    folder = ALL_FAMILIES[request.param](tmp_path / "m")
     return folder, Encoder.load(folder)
 
 

@@ -3,8 +3,9 @@ import json
 import pytest
 
 import rewardmodel.train
+from rewardmodel.network import load_reward_model
 from rewardmodel.score import Scorer, read_notes
-from tests.training.tiny import events, llama, make_run, snapshot, user
+from tests.training.tiny import events, llama, make_run, snapshot, user, weights, write_lines
 from training.errors import InputError
 from training.rankings import read_rankings
 from training.rundir import file_digest
@@ -88,7 +89,15 @@ def test_the_artefact_knows_its_normalisation_ties_encoder_and_snapshot(trained,
     assert short > long
 
 
-@pytest.mark.parametrize("options", [{"ties": "half"}, {"ties": "drop"}, {"centring": 0.01}, {"lora_rank": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ties": "half", "centring": 0.01},
+        {"ties": "rao_kupper", "label_smoothing": 0.1, "rater_weights": "agreement"},
+        {"loss": "plackett_luce", "lora_rank": 4},
+        {"loss": "plackett_luce", "ties": "drop", "strength_margin": 0.5},
+    ],
+)
 def test_every_variant_trains_and_can_be_loaded(tmp_path, model, data, options):
     run = finished(tmp_path / "run", model, data, max_steps=4, **options)
     assert run.result()["metrics"]["pairs"] > 0
@@ -98,3 +107,18 @@ def test_every_variant_trains_and_can_be_loaded(tmp_path, model, data, options):
 def test_training_goes_on_from_a_reward_model(trained, tmp_path, data):
     more = finished(tmp_path / "more", trained.model_folder, data, max_steps=1, learning_rate=1e-6)
     assert more.result()["metrics"]["accuracy"] == pytest.approx(trained.result()["metrics"]["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
+def test_a_weight_of_two_trains_as_the_ranking_twice_does(tmp_path, model, data, loss):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    heavy = write_lines(tmp_path / "heavy.jsonl", [{**row, "weight": 1 + place % 2} for place, row in enumerate(rows)])
+    twice = write_lines(tmp_path / "twice.jsonl", [row for place, row in enumerate(rows) for _ in range(1 + place % 2)])
+    options = {"loss": loss, "max_steps": 2, "learning_curve": [], "batch_rankings": 24}
+    one, other = (finished(tmp_path / path.stem, model, path, **options) for path in (heavy, twice))
+    mine, theirs = weights(one), weights(other)
+    before = load_reward_model(model, device="cpu", seed=3).state_dict()
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in mine) ** 0.5
+    moved = sum(float((mine[name] - before[name]).square().sum()) for name in mine) ** 0.5
+    assert moved > 0.01, "nothing was learned"
+    assert apart < 1e-4 * moved  # Adam makes a full step of a gradient that is all rounding, so single weights may differ more

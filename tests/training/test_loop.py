@@ -33,6 +33,7 @@ def parts(tmp_path_factory):
 
 def new_run(parts, folder, method, **options):
     batch = {"batch_rows": 8} if method == "sft" else {"batch_rankings": 8}
+    batch |= {"learning_curve": []} if method == "reward" else {}
     return make_run(folder, method, model=parts["model"], data=parts[method], **{"learning_rate": 1e-3, **batch, **options})
 
 

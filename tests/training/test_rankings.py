@@ -6,7 +6,7 @@ from tests.training.tiny import gpt2, llama, snapshot, user, write_lines
 from training.encode import Encoder
 from training.errors import InputError
 from training.ledger import Ledger
-from training.rankings import encode_demonstrations, encode_rankings, read_demonstrations, read_prompts, read_rankings
+from training.rankings import RaterRanking, _keep, encode_demonstrations, encode_rankings, read_demonstrations, read_prompts, read_rankings
 from training.rundir import file_digest
 
 
@@ -115,3 +115,32 @@ def test_prompts_are_read_by_split(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", rows)
     assert [row.key for row in read_prompts(path)] == ["a", "b"]
     assert [row.key for row in read_prompts(path, split="held_out")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"strengths": [1.0]}, {"strengths": [1.0, -1.0]}, {"strengths": [1.0, float("inf")]}, {"weight": -1}, {"weight": float("nan")}],
+)
+def test_a_strength_or_weight_that_cannot_be_is_named_by_line(tmp_path, change):
+    rows = rows_of(snapshot(tmp_path / "r.jsonl", prompts=2))
+    rows[1].update({"bands": [[0], [1], []], **change})
+    with pytest.raises(InputError, match=r"bad.jsonl:2: not a ranking"):
+        read_rankings(write_lines(tmp_path / "bad.jsonl", rows))
+
+
+def test_strengths_and_weights_are_read(tmp_path):
+    row = rows_of(snapshot(tmp_path / "r.jsonl", prompts=1))[0]
+    row.update({"bands": [[2], [0], [1]], "strengths": [1, 3], "weight": 0.5})
+    (prompt,) = read_rankings(write_lines(tmp_path / "one.jsonl", [row]))
+    assert (prompt.rankings[0].strengths, prompt.rankings[0].weight) == ((1.0, 3.0), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("lost", "strengths"),
+    [({1}, (3.0, 4.0)), ({0}, (2.0, 4.0)), ({3, 4}, (1.0, 2.0)), ({3}, (1.0, 2.0, 4.0)), ({1, 2}, (7.0,)), ({0, 1, 2}, ())],
+)
+def test_strengths_add_up_where_a_band_is_lost(lost, strengths):
+    """Bands [0], [1], [2], [3, 4], each better than the next by 1, 2, 4."""
+    ranking = RaterRanking(((0,), (1,), (2,), (3, 4)), strengths=(1.0, 2.0, 4.0))
+    kept = {index: place for place, index in enumerate(index for index in range(5) if index not in lost)}
+    assert _keep(ranking, kept).strengths == strengths
