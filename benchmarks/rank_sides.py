@@ -23,6 +23,7 @@ import alignment.dpo
 import rewardmodel.train
 from benchmarks.rank_data import Row, named_tokenizer, word
 from training.encode import Encoder
+from training.gradients import Gradients
 from training.ledger import Ledger
 from training.loop import plan
 from training.options import parse_options
@@ -74,7 +75,7 @@ def options(row: Row) -> dict[str, Any]:
         "tokens_per_micro_batch": row.micro_batch_tokens,
         "log_steps": 1,
         "checkpoint_seconds": 0.0,
-        **({"beta": BETA} if row.method == "dpo" else {"ties": "drop"}),  # DPO drops ties unless told otherwise
+        **({"beta": BETA} if row.method == "dpo" else {"ties": "drop", "learning_curve": []}),  # DPO drops ties unless told otherwise
         **ADAM,
     }
 
@@ -99,6 +100,7 @@ def ours(folder: Path, row: Row, work: Path) -> dict[str, Any]:
     inputs = {"model": str(folder / "model"), "data": {"path": str(data), "digest": file_digest(data)}}
     run = RunDirectory.create(work / "run", method=row.method, seed=SEED, inputs=inputs, options=options(row), code={})
     start, positions, spent = peak_bytes(row), Positions(), clock_reference()
+    forget_rehearsal(positions)
     (rewardmodel.train.run if row.method == "reward" else alignment.dpo.run)(run)
     events = [event for event in run.read_events()[0] if event["kind"] == "step"]
     marks = [0.0, *(event["seconds"] for event in events)]
@@ -113,6 +115,17 @@ def ours(folder: Path, row: Row, work: Path) -> dict[str, Any]:
     if row.method == "dpo":
         result["reference_seconds"] = sum(spent)
     return result
+
+
+def forget_rehearsal(positions: Positions) -> None:
+    """What a run computes once before its first step, to see whether it fits into memory, is no step's."""
+    rehearse = Gradients.rehearse
+
+    def forgotten(*arguments: Any) -> None:
+        rehearse(*arguments)
+        positions.trained = 0
+
+    Gradients.rehearse = forgotten  # type: ignore[method-assign]
 
 
 def clock_reference() -> list[float]:
