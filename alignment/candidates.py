@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignment.answers import Policy
 from alignment.options import GenerateOptions
@@ -16,12 +17,14 @@ from training.processes import Processes
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One kept completion. `score` (`mean`, `spread`, `worst`, in normalised reward) and `disagreement` (of its prompt's kept completions,
-    `rewardmodel.ensemble.disagreement`) are None without a reward model, and the latter without several members."""
+    """One kept completion. `score` (`mean`, `spread`, `worst`, in normalised reward) is None without a reward model; `member_scores` (as
+    trained: their differences are log-odds) and `disagreement` (of its prompt's kept completions, `rewardmodel.ensemble.disagreement`) are
+    None without several members."""
 
     sample: Sample
     score: dict[str, float] | None = None
     disagreement: float | None = None
+    member_scores: list[float] | None = None
 
 
 class Judge:
@@ -63,12 +66,30 @@ class Judge:
         if self.options.keep == "best":
             order = best_first(views.of(self.options.reward_view, self.options.spread_weight).tolist(), texts)[:count]
         elif self.options.keep == "uncertain":
-            order = most_disputed(pairs, count)
+            order = most_disputed_texts(pairs, texts, count)
         else:
             order = list(range(count))
-        disputed = mean_disagreement(pairs, order) if self.scorer.members > 1 else None
-        numbers = torch.stack([views.mean, views.spread, views.worst], 1).tolist()
-        return [Kept(samples[n], dict(zip(("mean", "spread", "worst"), numbers[n], strict=True)), disputed) for n in order]
+        several = self.scorer.members > 1
+        disputed = mean_disagreement(pairs, order) if several else None
+        numbers, members = torch.stack([views.mean, views.spread, views.worst], 1).tolist(), raw.tolist()
+        return [
+            Kept(samples[n], dict(zip(("mean", "spread", "worst"), numbers[n], strict=True)), disputed, members[n] if several else None)
+            for n in order
+        ]
+
+
+def most_disputed_texts(pairs: Tensor, texts: Sequence[str], count: int) -> list[int]:
+    """`most_disputed` among different texts; where they are too few, texts that came before fill the rest.
+
+    Args:    pairs (K, K): of `disagreement`."""
+    found: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        found.setdefault(text, index)
+    first = list(found.values())
+    if len(first) <= count:
+        return [*first, *(index for index in range(len(texts)) if index not in first)][:count]
+    places = torch.tensor(first)
+    return [first[place] for place in most_disputed(pairs[places][:, places], count)]
 
 
 def best_first(scores: Sequence[float], texts: Sequence[str]) -> list[int]:

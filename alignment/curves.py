@@ -23,6 +23,7 @@ QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Does it still say different things?", "nats a token", ("entropy_nats", "held_out_entropy_nats")),
     ("Does the value model foresee the returns?", "share of variance", ("explained_variance",)),
     ("Do the log-probabilities of good and bad texts move apart?", "nats", ("chosen_log_ratio", "rejected_log_ratio")),
+    ("How likely are good and bad texts themselves?", "nats a completion", ("chosen_logps", "rejected_logps")),
     ("How strong is the pull to the reference?", "reward per nat", ("kl_coefficient",)),
     ("Are the steps of a sane size?", "norm", ("gradient_norm", "value_gradient_norm")),
     ("How fast does it go?", "tokens/s", ("tokens_per_second",)),

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from alignment.loss_kinds import LOSS_KINDS
-from alignment.losses import Compared, preference_losses
+from alignment.losses import Compared, preference_losses, rewards
 from alignment.mismatched import Mismatched
 from alignment.options import DPOOptions
-from alignment.preference_metrics import ChosenWatch, preference_sums, settled_rewards
-from alignment.preferences import compare, target, tied_keys
+from alignment.preference_metrics import ChosenWatch, blur, preference_sums
+from alignment.preferences import compare, target
 from alignment.reference_logps import Reference, reference_logps
 from rewardmodel.accuracy import Judged, accuracy
 from rewardmodel.raters import rater_weights, reweighted
@@ -81,7 +81,7 @@ class Preferences:
         self.targets = [target(item.rankings, item.size, options) for item in self.items]
         self.held_out_targets = [target(item.rankings, item.size, as_said) for item in self.held_out]
         self.keys = [item.key for item in self.items]
-        self.budget = options.tokens_per_micro_batch
+        self.budget, self.copies = options.tokens_per_micro_batch, 1
         self.weights = [one.weight for one in self.targets]
         self.costs = [item.tokens for item in self.items]
         self.extra: list[tuple[nn.Parameter, float]] = []
@@ -129,7 +129,6 @@ class Preferences:
         counts: dict[str, Any] = {"pairs": sum(one.pairs for one in self.targets), "ties": tied}
         if self.options.ties == "drop":
             counts["ties_left_out"] = tied
-        counts["tied_first"] = tied_keys(self.items)
         if self.rater_weights:
             counts["rater_weights"] = {rater: round(weight, 4) for rater, weight in self.rater_weights.items()}
         return counts
@@ -143,7 +142,7 @@ class Preferences:
         items, targets = [self.items[index] for index in indices], [self.targets[index] for index in indices]
         rows, places = gather_rows(items)
         logps = self._logps(rows)[places.to(self.processes.device)]
-        reference = _fill([self.reference_logps[index] for index in indices], places.shape[1])
+        reference = _fill([self.reference_logps[index] for index in indices], logps)
         shift = self.mismatched.shift(indices, self._logps) if self.mismatched else 0.0
         batch = compare(targets, logps, reference, _lengths(items, places.shape[1]), shift=shift)
         losses = preference_losses(batch, self.options)
@@ -156,8 +155,8 @@ class Preferences:
     def evaluate(self) -> dict[str, float]:
         """On held-out rankings: loss, implicit-reward accuracy with its 95 % interval (bootstrap over prompts), log-ratios.
 
-        `kl_reference_policy_k1_nats` is the mean of log reference - log policy over completions: an estimate of KL(reference || policy)
-        for a whole completion as far as the reference wrote them. KL(policy || reference) needs samples of the policy: see `evaluate`.
+        `reference_above_policy_nats` is the mean of log reference - log policy over completions: KL(reference || policy) of a whole
+        completion only as far as the reference wrote them. KL(policy || reference) needs samples of the policy: see `evaluate`.
         """
         weight = sum(one.weight for one in self.held_out_targets)
         if not weight:
@@ -168,20 +167,22 @@ class Preferences:
         if self.held_out_mismatched:
             numbers = range(len(self.held_out))
             shift = float(self.held_out_mismatched.shift(numbers, lambda some: measured(some, self.processes, self._logps)))
-        reference, lengths = _fill(self.held_out_reference, size), _lengths(self.held_out, size, missing=0)
         logps = measured(rows, self.processes, self._logps)[places]
+        reference, lengths = _fill(self.held_out_reference, logps), _lengths(self.held_out, size, missing=0)
         batch = compare(self.held_out_targets, logps, reference, lengths.clamp(min=1), shift=shift)
         sums = preference_sums(batch, self.options, dtype=self.processes.dtype)
         metrics = {name: float(top) / float(bottom) for name, (top, bottom) in sums.items() if float(bottom)}
         real = lengths > 0
         metrics["loss"] = float(preference_losses(batch, self.options).sum()) / weight
-        metrics["kl_reference_policy_k1_nats"] = float(((reference - logps) * real).sum() / real.sum())
+        metrics["reference_above_policy_nats"] = float(((reference - logps) * real).sum() / real.sum())
         return {**metrics, **self._held_out_accuracy(batch)}
 
     def _held_out_accuracy(self, batch: Compared) -> dict[str, float]:
-        points = settled_rewards(batch, self.options, dtype=self.processes.dtype)
+        points, rough = rewards(batch, self.options).tolist(), blur(batch, self.options, dtype=self.processes.dtype).tolist()
+        owners = [item for item, one in zip(self.held_out, self.held_out_targets, strict=True) for _ in one.layers]
         judged = [
-            Judged(item.digest, point[: item.size].tolist(), item.rankings) for item, point in zip(self.held_out, points, strict=True)
+            Judged(item.digest, point[: item.size], item.rankings, blur=around[: item.size])
+            for item, point, around in zip(owners, points, rough, strict=True)
         ]
         share = accuracy(judged)
         if share is None:
@@ -202,12 +203,16 @@ class Preferences:
         return row_logps(self.model, rows, self.pad_id, device=self.processes.device, budget=self.budget)
 
 
-def _fill(values: Sequence[Tensor], size: int) -> Tensor:
-    """(B, size) of vectors of up to `size` numbers; the rest is 0."""
-    filled = torch.zeros(len(values), size)
+def _fill(values: Sequence[Tensor], logps: Tensor) -> Tensor:
+    """(B, K) of vectors of up to K numbers, on the device of `logps` (B, K).
+
+    The rest are the policy's own, so that their log-ratio is 0: no pair takes it, but an infinite f-divergence there would spoil gradients.
+    """
+    filled, real = torch.zeros(logps.shape), torch.zeros(logps.shape, dtype=torch.bool)
     for place, value in enumerate(values):
         filled[place, : len(value)] = value
-    return filled
+        real[place, : len(value)] = True
+    return torch.where(real.to(logps.device), filled.to(logps.device), logps.detach())
 
 
 def _lengths(items: Sequence[EncodedRanking], size: int, *, missing: float = 1) -> Tensor:

@@ -235,4 +235,6 @@ def _line(policy: Policy, sampling: Sampling, place: int, kept: Kept) -> str:
     }
     if kept.score is not None:
         row |= {"score": kept.score, "disagreement": kept.disagreement}
+        if kept.member_scores is not None:
+            row["member_scores"] = kept.member_scores
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
             "alignment.options:GenerateOptions",
             "prompts",
             ("model", "data"),
-            ("reference", "reward_model"),
+            ("reward_model",),
         ),
         Method(
             "evaluate",

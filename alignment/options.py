@@ -1,7 +1,7 @@
 """Options of the policy methods. No torch and no Django here: the command line checks them before anything starts."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from alignment.loss_kinds import LOSS_KINDS
@@ -82,6 +82,17 @@ class DPOOptions(TrainingOptions):
         _refuse(
             self.length_normalised and self.loss == "kto", "kto", "length_normalised", "measures rewards from the KL of whole completions"
         )
+        for name, wanted, holds in (
+            ("simpo_gamma", "loss = simpo", self.loss == "simpo"),
+            ("discopop_tau", "loss = discopop", self.loss == "discopop"),
+            ("desirable_weight", "loss = kto", self.loss == "kto"),
+            ("undesirable_weight", "loss = kto", self.loss == "kto"),
+            ("tie_probability", "ties = rao_kupper or davidson", self.ties in ("rao_kupper", "davidson")),
+            ("alpha_divergence_coefficient", "f_divergence = alpha_divergence", self.f_divergence == "alpha_divergence"),
+            ("beta", "a loss of preferences", self.loss != "sft"),
+        ):
+            usual = next(one.default for one in fields(self) if one.name == name)
+            require(holds or getattr(self, name) == usual, f"{name} would change nothing: it goes with {wanted}. Leave it out.")
         require(self.loss != "exo_pair" or self.label_smoothing > 0, "loss = exo_pair needs label_smoothing above 0 (0.001 in its paper).")
         require(self.loss != "sft" or self.sft_weight is None, "loss = sft is the NLL of the best band alone: leave sft_weight out.")
         require(

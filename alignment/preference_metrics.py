@@ -1,7 +1,5 @@
 """What preference training tells of itself: chosen and rejected apart, because a growing margin hides that both fall."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,13 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 1e-3}
 FALL_NATS = 1.0
 
 
-def settled_rewards(batch: Compared, options: DPOOptions, *, dtype: str) -> Tensor:
-    """(B, K): implicit rewards in which differences of rounding are none, so that equal ones count as equal (one half in an accuracy)."""
-    if not LOSS_KINDS[options.loss].reference:
-        return rewards(batch, options)
-    same = (batch.logps - batch.reference).abs() <= ROUNDING[dtype] * batch.reference.abs()
-    return rewards(replace(batch, logps=torch.where(same, batch.reference, batch.logps)), options)
+def blur(batch: Compared, options: DPOOptions, *, dtype: str) -> Tensor:
+    """(B, K): how far rounding alone may move each implicit reward. Two that are no further apart than both together are equal."""
+    kind = LOSS_KINDS[options.loss]
+    if not kind.reference:
+        return torch.zeros_like(batch.logps)
+    nats = ROUNDING[dtype] * batch.reference.abs()
+    return options.beta * (nats / batch.tokens if kind.per_token or options.length_normalised else nats)
 
 
 def preference_sums(batch: Compared, options: DPOOptions, *, dtype: str) -> Sums:
@@ -35,11 +34,12 @@ def preference_sums(batch: Compared, options: DPOOptions, *, dtype: str) -> Sums
     """
     strict = batch.wins if batch.strict is None else batch.strict
     logps, ratios, weight = batch.logps.detach(), (batch.logps - batch.reference).detach(), strict.sum()
-    points = settled_rewards(batch, options, dtype=dtype).detach()
+    points, rough = rewards(batch, options).detach(), blur(batch, options, dtype=dtype)
     margins = points[:, :, None] - points[:, None, :]
+    signs = margins.sign() * (margins.abs() > rough[:, :, None] + rough[:, None, :])
     chosen, rejected = strict.sum(2), strict.sum(1)
     sums: Sums = {
-        "accuracy": ((strict * (margins.sign() + 1) / 2).sum(), weight),
+        "accuracy": ((strict * (signs + 1) / 2).sum(), weight),
         "margin": ((strict * margins).sum(), weight),
         "chosen_logps": ((chosen * logps).sum(), weight),
         "rejected_logps": ((rejected * logps).sum(), weight),

@@ -10,9 +10,7 @@ from alignment.losses import Compared
 from alignment.options import DPOOptions
 from rewardmodel.choices import Choices, band_heights, choices, stack_choices
 from rewardmodel.losses import pair_weights, stack
-from training.rankings import EncodedRanking, RaterRanking
-
-LISTED_TIES = 5  # prompts named in the counts
+from training.rankings import RaterRanking
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +97,3 @@ def compare(targets: Sequence[Target], logps: Tensor, reference: Tensor, tokens:
         strict=stack([layer.strict for layer in layers], size).to(device),
         shift=shift,
     )
-
-
-def tied_keys(items: Sequence[EncodedRanking]) -> list[str]:
-    """The first prompts in which somebody tied completions."""
-    return [item.key for item in items if any(len(band) > 1 for ranking in item.rankings for band in ranking.bands)][:LISTED_TIES]

@@ -60,7 +60,7 @@ def encode_prompts(rows: Sequence[PromptRow], encoder: Encoder, *, max_dropped_s
         ledger.read += 1
         try:
             encoded.append(EncodedPrompt(row.key, row.messages, row.split, encoder.prompt_ids(row.messages)))
-        except TooLong as error:
+        except (TooLong, ValueError) as error:
             ledger.drop(row.key, str(error))
             continue
         ledger.used += 1

@@ -2,7 +2,8 @@
 
 The cache is content-addressed: `logps/<digest of model, encoder and dtype>/*.safetensors`, each file a table of (digest of prompt and
 completion tokens, log-probability). Files are written beside and renamed and never changed, so any number of jobs may read and write at
-once; two that compute the same row both write it, and the older file holds.
+once; two that compute the same row both write it, and the older file holds. What is computed is written every half minute, so a run that
+is stopped or killed meanwhile goes on where it was.
 
 A row is always computed together with the other completions of its prompt and nothing else, so its last bits do not depend on what
 the cache held, on the batch, or on the number of processes. (They do when an earlier snapshot had the same completion beside others.) What
@@ -21,19 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.errors import Stopped
 from training.language_model import is_adapted, reference, unwrap
 from training.pack import Row
 from training.processes import Processes
+from training.progress import stop_requested
 from training.row_logps import row_logps
 from training.rundir import RunDirectory, sync_folder
 
 REFERENCE_FILE = "reference_logps.safetensors"
 # Not the option: a prompt of many completions is cut by it, and the last bits should not depend on a run's memory.
 UNIT_TOKENS = 8192
+UNITS_AT_A_TIME = 32  # for each process, between two looks at whether to stop
+SECONDS_BETWEEN_WRITES = 30.0
 # How a model was loaded, not what it computes.
 VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "pad_token_id", "architectures"}
 
@@ -90,12 +96,19 @@ class LogpCache:
         return known
 
     def write(self, values: dict[bytes, float]) -> None:
-        """Add one file, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Add one file, whole or not at all. A cache that cannot be written is told of, and costs nothing but time."""
+        if not values:
+            return
         rows = torch.from_numpy(np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 32).copy())
         logps = torch.tensor(list(values.values()), dtype=torch.float32)
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.safetensors"
-        save_whole({"rows": rows, "logps": logps}, self.folder / name, {"sha256": _digest(rows, logps)})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_whole({"rows": rows, "logps": logps}, self.folder / name, {"sha256": _digest(rows, logps)})
+        except (OSError, SafetensorError) as error:
+            self.warn(
+                f"log-probabilities under the reference could not be kept in {self.folder} ({error}): the next run computes them again"
+            )
 
 
 def _digest(rows: Tensor, logps: Tensor) -> str:
@@ -154,18 +167,31 @@ def _cached_or_computed(
     folder = cache_folder(run)
     cache = None
     if folder is not None and processes.is_main:
-        name = hashlib.sha256(f"{model_digest(model)} {source.encoder_digest} {processes.dtype}".encode()).hexdigest()
+        made_by = f"{processes.dtype} {processes.device.type} torch {torch.__version__} transformers {transformers.__version__}"
+        name = hashlib.sha256(f"{model_digest(model)} {source.encoder_digest} {made_by}".encode()).hexdigest()
         cache = LogpCache(folder / "logps" / name, lambda text: run.event("warning", text=text))
     (known,) = processes.gather(cache.read({digest for unit in digests for digest in unit}) if cache else {})[:1]
     missing = [place for place, unit in enumerate(digests) if any(digest not in known for digest in unit)]
-    computed = _compute(model, source.pad_id, [units[place] for place in missing], processes)
     values: dict[bytes, float] = dict(known)
-    for place, logps in zip(missing, computed, strict=True):
-        for digest, logp in zip(digests[place], logps, strict=True):
-            values.setdefault(digest, logp)
-    new = {digest: logp for digest, logp in values.items() if digest not in known}
-    if cache and new:
-        cache.write(new)
+    unwritten: dict[bytes, float] = {}
+    started = written = time.monotonic()
+    size = UNITS_AT_A_TIME * processes.world
+    for first in range(0, len(missing), size):
+        places = missing[first : first + size]
+        for place, logps in zip(places, _compute(model, source.pad_id, [units[place] for place in places], processes), strict=True):
+            for digest, logp in zip(digests[place], logps, strict=True):
+                if digest not in values:
+                    values[digest] = unwritten[digest] = logp
+        done = first + len(places)
+        (stop,) = processes.any(stop_requested())
+        if cache and (stop or done == len(missing) or time.monotonic() - written > SECONDS_BETWEEN_WRITES):
+            cache.write(unwritten)
+            unwritten, written = {}, time.monotonic()
+        left = (time.monotonic() - started) / done * (len(missing) - done)
+        run.event("part", what="reference", step=done, steps=len(missing), eta_seconds=round(left, 1))
+        if stop and done < len(missing):
+            run.event("end", status="stopped", step=0)
+            raise Stopped(f"stopped in the reference's pass, at prompt {done} of {len(missing)}")
     return values, len(known)
 
 

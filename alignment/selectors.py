@@ -23,6 +23,7 @@ from training.errors import InputError
 from training.rundir import RunDirectory
 
 MOST_SAMPLES = 5000  # read of a file, to show a few
+DISPUTED_FILE = "prompts_by_disagreement.jsonl"
 
 
 def job_get(*, name: str) -> Job:
@@ -208,6 +209,11 @@ def events_of(*, job: Job) -> list[dict[str, Any]]:
         return []
 
 
+def counts_in(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest `counts` event."""
+    return next((event for event in reversed(events) if event.get("kind") == "counts"), None)
+
+
 def run_page(*, job: Job) -> dict[str, Any]:
     """What the page of a run shows."""
     events = events_of(job=job)
@@ -224,10 +230,11 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
         "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
-        "ledger": ledger_of(next((event for event in reversed(events) if event.get("kind") == "counts"), None)),
+        "ledger": ledger_of(counts_in(events)),
         "knowledge": knowledge,
         "figures": figures_of(told_elsewhere(job.metrics) if knowledge else job.metrics),
         "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],
+        "disputed": disputed_of(job=job, limit=10) if job.method == Job.Method.GENERATE else [],
         "facts": facts(job),
         "percent": round(100 * job.share_done),
         "eta": duration(job.eta_seconds) if job.state == Job.State.RUNNING else "",
@@ -240,13 +247,26 @@ def run_page(*, job: Job) -> dict[str, Any]:
 def _sample_shown(sample: dict[str, Any]) -> dict[str, Any]:
     """A written text with its question, the text that it is compared with, and the rest as small print."""
     messages = sample.get("messages") or []
-    known = ("messages", "text", "baseline_text", "sampling")
+    known = ("messages", "text", "baseline_text", "sampling", "score", "member_scores")
+    rest = {name: value for name, value in sample.items() if name not in known}
+    score = sample.get("score")
+    rest |= {f"score {name}": value for name, value in score.items()} if isinstance(score, dict) else {"score": score} if score else {}
     return {
         "question": messages[-1].get("content", "") if messages else "",
         "text": sample.get("text", ""),
         "baseline": sample.get("baseline_text"),
-        "small": {name: shown(value) if isinstance(value, float) else value for name, value in sample.items() if name not in known},
+        "small": {name: shown(value) if isinstance(value, float) else value for name, value in rest.items()},
     }
+
+
+def disputed_of(*, job: Job, limit: int) -> list[dict[str, Any]]:
+    """The prompts whose completions a reward model's members dispute most, as `generate` wrote them; empty where nobody asked."""
+    try:
+        with (job.folder / DISPUTED_FILE).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for _, line in zip(range(limit), lines, strict=False)]
+    except (OSError, ValueError):
+        return []
+    return [{**row, "question": (row.get("messages") or [{}])[-1].get("content", "")} for row in rows]
 
 
 def _changes_possible(job: Job) -> dict[str, bool]:

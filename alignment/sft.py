@@ -61,7 +61,7 @@ class Demonstrations:
         self.model = model
         self.pad_id = encoder.pad_id
         self.processes = processes
-        self.budget = options.tokens_per_micro_batch
+        self.budget, self.copies = options.tokens_per_micro_batch, 1
         self.keys = [item.key for item in items]
         self.rows = [Row(item.prompt_ids, item.completion_ids) for item in items]
         self.held_out = [Row(item.prompt_ids, item.completion_ids) for item in held_out[: options.max_held_out_rows]]

@@ -62,7 +62,7 @@ def round_table(summary: dict[str, Any]) -> str:
     if summary["home_at"]:
         counts = summary["counts"]
         lines.append(f"{counts.get('prompts', 0):,} prompts with {counts.get('completions', 0):,} completions are queued for the raters.")
-        left_out = {name: counts[name] for name in ("equal", "blank", "unshown", "too_few", "mended") if counts.get(name)}
+        left_out = {name: counts[name] for name in ("equal", "blank", "unshown", "too_few", "mended", "less_disputed") if counts.get(name)}
         if left_out:
             lines.append("counted on the way: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in left_out.items()))
     if summary["counts"].get("no_held_out_prompts"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ SPLITS = (TRAIN, HELD_OUT)
 EXPORTS = ("trl", "trl-conversational", "rankings")
 ROW_FIELDS = {"ranking", "revision", "key", "prompt", "split", "round", "messages", "completions", "bands", "displayed", "criteria"}
 ROW_FIELDS |= {"flags", "rater", "rater_kind", "duration_seconds"}
+OPTIONAL_FIELDS = {"strengths", "weight"}
 
 
 class Tally:
@@ -200,8 +202,13 @@ def _verify_rows(path: Path, manifest: Mapping[str, Any], tally: Tally) -> list[
 
 def _row_problems(row: Mapping[str, Any], line: bytes, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
-    if set(row) != ROW_FIELDS:
-        problems.append(f"its fields differ from the format: {', '.join(sorted(set(row) ^ ROW_FIELDS))}")
+    if set(row) - OPTIONAL_FIELDS != ROW_FIELDS:
+        problems.append(f"its fields differ from the format: {', '.join(sorted((set(row) - OPTIONAL_FIELDS) ^ ROW_FIELDS))}")
+    if not _is_amount(row.get("weight", 1)):
+        problems.append("weight is not a finite number of at least 0")
+    strengths = row.get("strengths", [0] * (len(row["bands"]) - 1))
+    if len(strengths) != len(row["bands"]) - 1 or not all(map(_is_amount, strengths)):
+        problems.append(f"strengths are not {len(row['bands']) - 1} finite numbers of at least 0, one less than the bands")
     if canonical(row) + b"\n" != line:
         problems.append("is not in the one way of writing: sorted keys, no spaces, UTF-8")
     if prompt_digest(messages_checked(row["messages"])) != row["prompt"]:
@@ -219,6 +226,10 @@ def _row_problems(row: Mapping[str, Any], line: bytes, manifest: Mapping[str, An
     if texts != sorted(texts):
         problems.append("completions do not stand in order of (text, policy)")
     return problems
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def snapshot_export(folder: Path, shape: str, stream: BinaryIO, split: str = "") -> dict[str, int]:

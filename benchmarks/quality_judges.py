@@ -85,7 +85,7 @@ def measure(said: Verdicts, differences: np.ndarray, model: TieModel) -> dict[st
 
     majority_accuracy: of the pairs of which more than half of the raters put the same one higher;  accuracy: of single raters' pairs;
     log_loss: minus the mean log-probability of a single rater's preference, given that he did not tie, in nats;  log_loss_scaled: the same
-    with sigmoid(difference / T), T fitted on the other half of the prompts;  outcome_log_loss: of preference or tie, where the model knows
+    with sigmoid(log-odds / T), T fitted on the other half of the prompts;  outcome_log_loss: of preference or tie, where the model knows
     ties.
     """
     right = (np.sign(differences) + 1) / 2
@@ -99,7 +99,7 @@ def measure(said: Verdicts, differences: np.ndarray, model: TieModel) -> dict[st
         "accuracy": (said.won * right + said.lost * (1 - right), said.won + said.lost),
         "log_loss": (said.won * (either - win) + said.lost * (either - loss), said.won + said.lost),
     }
-    if (scaled := _scaled_losses(said, differences)) is not None:
+    if (scaled := _scaled_losses(said, win - loss)) is not None:
         sums["log_loss_scaled"] = (scaled, said.won + said.lost)
     if not isinstance(model, NoTies):
         tie = model.log_tie(margins).numpy()
@@ -108,9 +108,9 @@ def measure(said: Verdicts, differences: np.ndarray, model: TieModel) -> dict[st
     return {name: Sums(np.bincount(clusters, top), np.bincount(clusters, bottom)) for name, (top, bottom) in sums.items()}
 
 
-def _scaled_losses(said: Verdicts, differences: np.ndarray) -> np.ndarray | None:
+def _scaled_losses(said: Verdicts, log_odds: np.ndarray) -> np.ndarray | None:
     """(N,) at temperatures of the other half of the prompts; None where one half is empty."""
-    both = Pairs(np.concatenate([differences, -differences]), np.concatenate([said.won, said.lost]), np.tile(said.prompts, 2))
+    both = Pairs(np.concatenate([log_odds, -log_odds]), np.concatenate([said.won, said.lost]), np.tile(said.prompts, 2))
     if (temperatures := cross_fitted(both)) is None:
         return None
     losses = both.weights * np.logaddexp(0.0, -both.differences / temperatures)

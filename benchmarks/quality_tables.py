@@ -30,15 +30,13 @@ def judges(baselines: dict[str, Any], variants: dict[str, Any]) -> Iterator[str]
         f"{counts['rater_ties']} ties of single raters."
     )
     yield ""
-    yield from heading(["", *(label for label in NAMES.values()), "seconds"])
+    yield from heading(["", *NAMES.values()])
     for told in variants.values():
-        cells = [with_spread(told["figures"].get(name)) for name in NAMES]
-        yield row([told["label"], *cells, f"{np.mean([one['seconds'] for one in told['seeds'].values()]):.0f}"])
+        yield row([told["label"], *(with_spread(told["figures"].get(name)) for name in NAMES)])
     for label, figures in baselines["judges"].items():
-        yield row([label, *(with_interval(figures.get(name)) for name in NAMES), ""])
-    people = [f"{baselines['two_people']:.3f}"] if baselines["two_people"] is not None else []
-    if people:
-        yield row(["two people, pairs that neither tied", "", *people, "", "", ""])
+        yield row([label, *(with_interval(figures.get(name)) for name in NAMES)])
+    if baselines["two_people"] is not None:
+        yield row(["two people, pairs that neither tied", "", f"{baselines['two_people']:.3f}", "", ""])
 
 
 def against_base(variants: dict[str, Any], base: str) -> Iterator[str]:
@@ -51,13 +49,17 @@ def against_base(variants: dict[str, Any], base: str) -> Iterator[str]:
 
 def overfitting(variants: dict[str, Any]) -> Iterator[str]:
     """Training beside held-out rankings at the end, in accuracy of single raters' pairs and log-loss as the model says it."""
-    yield from heading(["", "accuracy, training", "held-out", "log-loss, training", "held-out", "held-out loss after each epoch"])
+    yield from heading(
+        ["", "accuracy, training", "held-out", "log-loss, training", "held-out", "held-out loss after each epoch", "seconds"]
+    )
     for told in variants.values():
         seeds = list(told["seeds"].values())
         training = [mean([one["train"][name] for one in seeds]) for name in ("accuracy", "log_loss")]
         held_out = [f"{told['figures'][name]['value']:.3f}" for name in ("accuracy", "log_loss")]
         epochs = [mean([step["log_loss"] for step in steps]) for steps in zip(*(one["epochs"] for one in seeds), strict=True)]
-        yield row([told["label"], training[0], held_out[0], training[1], held_out[1], ", ".join(epochs) if len(epochs) > 1 else ""])
+        # Seconds are told where every epoch ends in the same evaluation.
+        told_epochs = [", ".join(epochs), f"{np.mean([one['seconds'] for one in seeds]):.0f}"] if len(epochs) > 1 else ["", ""]
+        yield row([told["label"], training[0], held_out[0], training[1], held_out[1], *told_epochs])
 
 
 def curve(told: dict[str, Any] | None) -> list[str]:

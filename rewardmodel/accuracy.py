@@ -20,6 +20,7 @@ class Judged:
     prompt: str  # its digest: the cluster
     scores: Sequence[float]
     rankings: Sequence[RaterRanking]
+    blur: Sequence[float] = ()  # scores no further apart than both of these together are equal; none: as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,11 @@ def accuracy(judged: Sequence[Judged], *, majority: bool = False, samples: int =
         if majority:
             wins = (wins > wins.T).astype(np.float64)
         points = np.asarray(item.scores, dtype=np.float64)
-        alike = (np.sign(points[:, None] - points[None, :]) + 1) / 2
+        margins = points[:, None] - points[None, :]
+        if item.blur:
+            around = np.asarray(item.blur, dtype=np.float64)
+            margins[np.abs(margins) <= around[:, None] + around[None, :]] = 0.0
+        alike = (np.sign(margins) + 1) / 2
         right[item.prompt] = right.get(item.prompt, 0.0) + float((wins * alike).sum())
         counted[item.prompt] = counted.get(item.prompt, 0.0) + float(wins.sum())
     tops = np.array([right[prompt] for prompt in right if counted[prompt]])
@@ -67,8 +72,8 @@ def clustered_interval(tops: np.ndarray, bottoms: np.ndarray, *, samples: int, s
 
 
 def pair_counts(rankings: Sequence[RaterRanking], size: int) -> np.ndarray:
-    """(K, K): how many rankings put i before j."""
+    """(K, K): how many rankings put i before j, each counted by its weight."""
     counts = np.zeros((size, size))
     for ranking in rankings:
-        counts += band_matrices(ranking.bands, size)[0].numpy()
+        counts += ranking.weight * band_matrices(ranking.bands, size)[0].numpy()
     return counts

@@ -6,11 +6,12 @@ raters prefers the first, the best judge is right with m = max(p, 1 - p), and tw
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rewardmodel.accuracy import Judged, clustered_interval, pair_counts
+from rewardmodel.calibration import LogOdds, as_they_are, sigmoid
 from training.rankings import RaterRanking
 
 # (name, least margin, most margin) of a pair that at least two raters ordered or tied; the margin is a share of its raters.
@@ -46,7 +47,8 @@ def pairs_of(judged: Sequence[Judged]) -> Iterator[Pair]:
     """Each unordered pair of completions that at least one rater ordered, the majority's winner first; items of one prompt stay apart."""
     for item in judged:
         size = len(item.scores)
-        wins, tied = pair_counts(item.rankings, size), tie_counts(item.rankings, size)
+        counted = [replace(ranking, weight=1.0) for ranking in item.rankings if ranking.weight > 0]  # agreement is of people
+        wins, tied = pair_counts(counted, size), tie_counts(counted, size)
         for first in range(size):
             for second in range(first + 1, size):
                 better, worse = (first, second) if wins[first, second] >= wins[second, first] else (second, first)
@@ -56,20 +58,22 @@ def pairs_of(judged: Sequence[Judged]) -> Iterator[Pair]:
 
 
 def tie_counts(rankings: Sequence[RaterRanking], size: int) -> np.ndarray:
-    """(K, K), symmetric: how many rankings put i and j in one band."""
+    """(K, K), symmetric: how many rankings put i and j in one band, each counted by its weight."""
     counts = np.zeros((size, size))
     for ranking in rankings:
         for band in ranking.bands:
             for one in band:
                 for other in band:
-                    counts[one, other] += one != other
+                    counts[one, other] += ranking.weight * (one != other)
     return counts
 
 
-def accuracy_by_agreement(judged: Sequence[Judged], *, temperature: float = 1.0, samples: int = 1000, seed: int = 0) -> list[dict]:
+def accuracy_by_agreement(
+    judged: Sequence[Judged], *, log_odds: LogOdds = as_they_are, temperature: float = 1.0, samples: int = 1000, seed: int = 0
+) -> list[dict]:
     """A judge's accuracy on majority pairs, by how united the raters were; each pair of completions counts once.
 
-    Args:    temperature: > 0, of the probabilities that `confidence` is the mean of.
+    Args:    log_odds, temperature > 0: of the probabilities that `confidence` is the mean of.
     Returns: for each band with a pair, most united first: name, margin_from and margin_to (margin: raters for the winner minus raters for
              the loser, over all raters of the pair, ties among them), pairs, accuracy with its 95 % interval over prompts (None where the
              raters are split, since neither order is right), confidence (mean probability of the order that the judge favours).
@@ -88,8 +92,8 @@ def accuracy_by_agreement(judged: Sequence[Judged], *, temperature: float = 1.0,
             tops, bottoms = clustered([pair.prompt for pair in pairs], [(np.sign(pair.difference) + 1) / 2 for pair in pairs])
             low, high = clustered_interval(tops, bottoms, samples=samples, seed=seed)
             row |= {"accuracy": float(tops.sum() / bottoms.sum()), "accuracy_low": low, "accuracy_high": high}
-        sure = [1 / (1 + math.exp(-min(abs(pair.difference) / temperature, 700.0))) for pair in pairs]
-        rows.append({**row, "confidence": float(np.mean(sure))})
+        sure = sigmoid(np.abs(log_odds(np.array([pair.difference for pair in pairs]))) / temperature)
+        rows.append({**row, "confidence": float(sure.mean())})
     return rows
 
 

@@ -1,11 +1,12 @@
 """Whether a probability of 0.8 is right 8 times in 10: reliability of P(i before j) on held-out pairs, and the temperature that mends it.
 
-P(i before j, if not tied) = sigmoid((s_i - s_j) / T): Bradley-Terry, Plackett-Luce's pairs, and Davidson's model once ties are set aside.
+P(i before j, if not tied) = sigmoid(log-odds / T). The log-odds are s_i - s_j under Bradley-Terry, for Plackett-Luce's pairs, and under
+Davidson's model once ties are set aside; Rao and Kupper's are steeper: log P(win) - log P(loss).
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,16 @@ COLDEST, HOTTEST = 0.01, 100.0  # limits of a temperature
 NEWTON_STEPS = 50
 
 
+LogOdds = Callable[[np.ndarray], np.ndarray]  # of a pair that is not tied, from its differences of scores
+
+
+def as_they_are(differences: np.ndarray) -> np.ndarray:
+    return differences
+
+
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Held-out preference pairs of single raters, N of them: `differences` = preferred minus other score; `weights` > 0; `prompts`."""
+    """Held-out preference pairs of single raters, N of them: `differences` = log-odds of the preferred one; `weights` > 0; `prompts`."""
 
     differences: np.ndarray
     weights: np.ndarray
@@ -29,7 +37,7 @@ class Pairs:
         return Pairs(self.differences[mask], self.weights[mask], self.prompts[mask])
 
 
-def preference_pairs(judged: Sequence[Judged]) -> Pairs:
+def preference_pairs(judged: Sequence[Judged], log_odds: LogOdds = as_they_are) -> Pairs:
     """Every rater's preference pairs; equal ones of several raters are one entry with their number as weight. Ties make none."""
     differences, weights, prompts = [], [], []
     for item in judged:
@@ -41,7 +49,7 @@ def preference_pairs(judged: Sequence[Judged]) -> Pairs:
         prompts += [item.prompt] * len(better)
     if not prompts:
         return Pairs(np.zeros(0), np.zeros(0), np.zeros(0, dtype=str))
-    return Pairs(np.concatenate(differences), np.concatenate(weights), np.array(prompts))
+    return Pairs(log_odds(np.concatenate(differences)), np.concatenate(weights), np.array(prompts))
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -67,13 +75,14 @@ def fit_temperature(pairs: Pairs) -> Temperature:
     """The temperature of greatest likelihood. Above 1: the scores were too sure of themselves.
 
     Solved for a = 1/T, in which the loss sum w log(1 + e^(-a d)) is convex, by Newton's method. The interval is of a, with a variance
-    that respects prompts, var = sum_c g_c^2 / H^2 (g_c: gradient of cluster c), then turned over. Kept within 0.01 and 100: without
-    any error among the pairs the likelihood grows for ever as T falls, and scores that say the opposite have none above 0.
+    that respects prompts, var = sum_c g_c^2 / H^2 (g_c: gradient of cluster c), then turned over. Kept within 0.01 and 100: scores
+    that say the opposite have no likelihood above 0. Without any error among the pairs the likelihood grows for ever as T falls, and
+    nothing can be fitted: T stays 1, and the interval says so.
 
     Source: Guo et al. 2017, arXiv:1706.04599, section 4.2; clustered variance: Liang and Zeger 1986, Biometrika 73(1).
     """
     differences, weights = pairs.differences, pairs.weights
-    if not len(weights) or not differences.any():
+    if not differences.any() or bool((differences[weights > 0] >= 0).all()):
         return Temperature(1.0, COLDEST, math.inf)
     sharpness = 1.0 / float(np.abs(differences).mean())
     for _ in range(NEWTON_STEPS):

@@ -40,7 +40,6 @@ class _Choice:
     among: tuple[int, ...]
     order: int
     share: float
-    band: int
 
 
 def choices(rankings: Iterable[RaterRanking], size: int, *, ties: str, strength_margin: float = 0.0) -> Choices:
@@ -59,6 +58,12 @@ def choices(rankings: Iterable[RaterRanking], size: int, *, ties: str, strength_
         raise ValueError(f"unknown treatment of ties {ties!r} under Plackett-Luce: use davidson, half or drop")
     rows: list[tuple[_Choice, float, list[float]]] = []
     for ranking in rankings:
+        if ties == "half" and (largest := max(map(len, ranking.bands), default=0)) > LARGEST_BAND:
+            raise InputError(
+                f"{largest} completions are tied in ranking {ranking.uid or 'without a name'} of rater {ranking.rater or 'unknown'}; "
+                f"Plackett-Luce with ties = half goes over all orders of up to {LARGEST_BAND}.",
+                remedy="Use ties = davidson or drop.",
+            )
         found = [choice for choice in _stages(ranking.bands, ties) if len(choice.among) > 1]
         total = sum(choice.share for choice in found) if ties == "drop" else sum(map(len, ranking.bands)) - 1
         if found and ranking.weight > 0:
@@ -94,23 +99,18 @@ def _stages(bands: Sequence[Sequence[int]], ties: str) -> Iterator[_Choice]:
         if not band:
             continue
         if ties == "davidson":
-            yield _Choice(band, (*band, *worse), len(band), 1.0, place)
+            yield _Choice(band, (*band, *worse), len(band), 1.0)
         elif ties == "drop":
-            yield from (_Choice((index,), (index, *worse), 1, 1.0, place) for index in band)
+            yield from (_Choice((index,), (index, *worse), 1, 1.0) for index in band)
         else:
-            yield from _all_orders(band, worse, place)
+            yield from _all_orders(band, worse)
 
 
-def _all_orders(band: tuple[int, ...], worse: tuple[int, ...], place: int) -> Iterator[_Choice]:
+def _all_orders(band: tuple[int, ...], worse: tuple[int, ...]) -> Iterator[_Choice]:
     """Over all orders of m tied ones, a subset of r is what is left with probability 1 / C(m, r), and each of it comes first alike."""
-    if len(band) > LARGEST_BAND:
-        raise InputError(
-            f"{len(band)} completions are tied; Plackett-Luce with ties = half goes over all orders of up to {LARGEST_BAND}.",
-            remedy="Use ties = davidson or drop.",
-        )
     for left in range(1, len(band) + 1):
         for subset in combinations(band, left):
-            yield _Choice(subset, (*subset, *worse), 1, 1 / math.comb(len(band), left), place)
+            yield _Choice(subset, (*subset, *worse), 1, 1 / math.comb(len(band), left))
 
 
 def stack_choices(parts: Sequence[Choices], size: int) -> Choices:

@@ -21,6 +21,8 @@ def encode_counted(
     ledger, shortened = Ledger("rankings"), Ledger("rankings")
     items: list[EncodedRanking] = []
     pairs, tied, equal = 0, 0, 0
+    tied_keys: dict[str, None] = {}
+    equal_keys: dict[str, None] = {}
     for prompt in prompts:
         found = encode_rankings([prompt], encoder, completions)
         items += found
@@ -33,13 +35,19 @@ def encode_counted(
                 shortened.drop(name, "shortened")
             pairs += _pairs(after)
             tied += _ties(after)
-            equal += _equal(after, found[0].places) if found else 0
+            if _ties(after):
+                tied_keys[name] = None
+            if found and (alike := _equal(after, found[0].places)):
+                equal += alike
+                equal_keys[name] = None
     counts = {
         "prompts": len(items),
         "rankings": sum(len(item.rankings) for item in items),
         "preference_pairs": pairs,
         "tied_pairs": tied,
+        "tied_pairs_keys": list(tied_keys)[:LISTED_KEYS],
         "pairs_of_equal_completions": equal,
+        "pairs_of_equal_completions_keys": list(equal_keys)[:LISTED_KEYS],
         "rankings_left_out": dict(ledger.reasons),
         "rankings_left_out_keys": dict(ledger.keys),
         "rankings_shortened": shortened.dropped,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rewardmodel.options import RewardOptions
+from training.artefact import refused_folder
 from training.errors import InputError, Stopped, TrainingFailed
 from training.processes import Processes
 from training.rankings import RankedPrompt
@@ -58,6 +59,7 @@ def learn_shares(run: RunDirectory, processes: Processes, options: RewardOptions
             except (InputError, TrainingFailed) as error:
                 # Too few prompts, or unlucky ones: the full run has something to learn from all the same.
                 run.event("warning", text=f"the learning curve has no point at {share:g} of the prompts: {error}")
+                _forget_weights(part, processes)
                 continue
             _forget_weights(part, processes)
         row = curve_row(share, part.result() or {})
@@ -95,7 +97,7 @@ def _open(run: RunDirectory, processes: Processes, options: RewardOptions, share
 
 def _forget_weights(part: Part, processes: Processes) -> None:
     if processes.is_main:
-        for folder in (part.model_folder, part.checkpoints):
+        for folder in (part.model_folder, refused_folder(part.model_folder), part.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():

@@ -62,6 +62,9 @@ class Likelihood(Protocol):
     def tie_strength(self) -> Tensor:
         """Scalar: nu of Davidson, delta of two tied of Davidson-Luce, theta of Rao-Kupper; 0: no tie is possible."""
 
+    def log_odds(self, margins: Tensor) -> Tensor:
+        """Log-odds of i before j, if they are not tied, elementwise, of s_i - s_j."""
+
     def as_said(self) -> "Likelihood":
         """The same parameters, without smoothing and margins: to judge held-out rankings by."""
 
@@ -89,6 +92,9 @@ class AllPairs:
     @property
     def tie_strength(self) -> Tensor:
         return self.model.strength
+
+    def log_odds(self, margins: Tensor) -> Tensor:
+        return self.model.log_win(margins) - self.model.log_win(-margins)
 
     def as_said(self) -> "AllPairs":
         return replace(self, reading=Reading(self.reading.ties))
@@ -139,6 +145,9 @@ class BestOfTheRest:
     @property
     def tie_strength(self) -> Tensor:
         return torch.zeros(()) if self.log_delta is None else self.log_delta[0].detach().exp()
+
+    def log_odds(self, margins: Tensor) -> Tensor:
+        return margins
 
     def as_said(self) -> "BestOfTheRest":
         return replace(self, reading=Reading(self.reading.ties))

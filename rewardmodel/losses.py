@@ -56,6 +56,8 @@ def pair_weights(rankings: Sequence[RaterRanking], size: int, *, ties: str) -> P
     all_wins, all_ties = torch.zeros(size, size), torch.zeros(size, size)
     weight, pairs, tied = 0.0, 0, 0
     for ranking in rankings:
+        if not ranking.weight > 0:
+            continue
         wins, tie = band_matrices(ranking.bands, size)
         pairs += int(wins.sum())
         tied += int(tie.sum())
@@ -64,7 +66,7 @@ def pair_weights(rankings: Sequence[RaterRanking], size: int, *, ties: str) -> P
         elif ties == "drop":
             tie = torch.zeros_like(tie)
         count = float(wins.sum() + tie.sum())
-        if count and ranking.weight > 0:
+        if count:
             all_wins += wins * (ranking.weight / count)
             all_ties += tie * (ranking.weight / count)
             weight += ranking.weight

@@ -39,8 +39,9 @@ class MemberLora(nn.Module):
         inside, outside = sizes
         bound = 1 / math.sqrt(inside)
         start = torch.empty(members, lora.rank, inside).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(start)
-        self.lora_b = nn.Parameter(torch.zeros(members, outside, lora.rank))
+        device = next(layer.parameters()).device  # quantised weights are on the accelerator from the start
+        self.lora_a = nn.Parameter(start.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(members, outside, lora.rank, device=device))
 
     def forward(self, states: Tensor) -> Tensor:
         """(M x B, ..., in) -> (M x B, ..., out), member by member."""

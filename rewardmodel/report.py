@@ -9,6 +9,8 @@ import numpy as np
 from rewardmodel.accuracy import Judged, accuracy
 from rewardmodel.agreement import Share, accuracy_by_agreement, ceiling
 from rewardmodel.calibration import (
+    LogOdds,
+    as_they_are,
     calibration_error,
     cross_fitted,
     fit_temperature,
@@ -32,17 +34,19 @@ class Report:
     temperature: float = 1.0
 
 
-def held_out_report(items: Sequence[EncodedRanking], scores: Sequence[Sequence[float]], *, samples: int = 1000) -> Report:
+def held_out_report(
+    items: Sequence[EncodedRanking], scores: Sequence[Sequence[float]], *, log_odds: LogOdds = as_they_are, samples: int = 1000
+) -> Report:
     """Everything but the likelihood of whole rankings, which depends on the loss. Nothing without a preference pair.
 
     Args:    items: held-out prompts with their rankings;  scores: of each item's K completions, before normalisation (of an ensemble:
-             their mean);  samples: of the bootstraps over prompts.
+             their mean);  log_odds: what a difference of scores says of a pair that is not tied;  samples: of the bootstraps over prompts.
     """
     judged = [Judged(item.digest, tuple(points), item.rankings) for item, points in zip(items, scores, strict=True)]
     metrics = _accuracies(judged, items, samples)
     if not metrics:
         return Report()
-    calibration, temperature = _calibration(judged, samples)
+    calibration, temperature = _calibration(judged, samples, log_odds)
     correlations = _correlations(items, scores, samples)
     ceiling_table = _ceiling(judged, samples)
     for name in ("error", "error_scaled", "temperature", "temperature_low", "temperature_high"):
@@ -54,7 +58,7 @@ def held_out_report(items: Sequence[EncodedRanking], scores: Sequence[Sequence[f
         if name != "accuracy":
             metrics |= {name: row["value"], **{f"{name}_{end}": row[end] for end in ("low", "high") if end in row}}
     tables = {
-        "by_agreement": accuracy_by_agreement(judged, temperature=temperature, samples=samples),
+        "by_agreement": accuracy_by_agreement(judged, log_odds=log_odds, temperature=temperature, samples=samples),
         "calibration": calibration,
         "correlations": correlations,
         "ceiling": ceiling_table,
@@ -83,11 +87,11 @@ def _accuracies(judged: Sequence[Judged], items: Sequence[EncodedRanking], sampl
     return {**metrics, "baseline_chance": 0.5} if metrics else {}
 
 
-def _calibration(judged: Sequence[Judged], samples: int) -> tuple[dict[str, Any], float]:
+def _calibration(judged: Sequence[Judged], samples: int, log_odds: LogOdds) -> tuple[dict[str, Any], float]:
     """Raw probabilities, and those after a temperature that was fitted on the other half of the prompts; and the temperature to keep.
 
     The one that is kept is fitted on all held-out pairs; the figures of "scaled" never judge a pair by a temperature that it helped fit."""
-    pairs = preference_pairs(judged)
+    pairs = preference_pairs(judged, log_odds)
     kept = fit_temperature(pairs)
     crossed = cross_fitted(pairs)
     bins = reliability(pairs, samples=samples)

@@ -1,6 +1,7 @@
 """Scores of texts by a trained reward model: for evaluation, PPO and best-of-n."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from statistics import fmean
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rewardmodel.ensemble import Views, views
@@ -33,7 +35,7 @@ class RewardNotes:
     scale: float | tuple[float, ...] = 1.0  # their standard deviation
     ties: str = "drop"
     temperature: float = 1.0  # score differences in log-odds are divided by it; fitted on held-out pairs
-    nu: float = 0.0  # Davidson's tie parameter; 0: the model knows no ties
+    nu: float = 0.0  # the tie parameter: Davidson's nu, Rao-Kupper's theta, Plackett-Luce's delta of two; 0: the model knows no ties
     encoder_digest: str = ""
     snapshot_digest: str = ""
 
@@ -62,14 +64,18 @@ class RewardNotes:
         """Probability that people put the first of two completions before the second, if they do not tie them.
 
         Args:    difference: of their normalised scores (members' mean), any shape.   Returns: the same shape, 0 to 1."""
-        return torch.sigmoid(difference * (fmean(self.scales) / self.temperature))
+        odds = difference * fmean(self.scales)
+        if self.ties == "rao_kupper" and self.nu > 1:
+            odds = F.logsigmoid(odds - math.log(self.nu)) - F.logsigmoid(-odds - math.log(self.nu))
+        return torch.sigmoid(odds / self.temperature)
 
 
 def normalisation(scores: Tensor) -> dict[str, Any]:
     """`mean` and `scale` for the notes: one number for one member, else one each.
 
     Args:    scores (N, M) of training completions."""
-    means, scales = scores.double().mean(0).tolist(), scores.double().std(0).clamp(min=1e-6).tolist()
+    means = scores.double().mean(0).tolist()
+    scales = scores.double().std(0).nan_to_num(1.0).clamp(min=1e-6).tolist()  # of one completion there is no deviation
     if len(means) == 1:
         return {"mean": means[0], "scale": scales[0]}
     return {"mean": tuple(means), "scale": tuple(scales)}
@@ -152,5 +158,10 @@ def row_scores(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.de
     """(B, M) float32 score of each row by each member, read at its last token. Keeps gradients.
 
     Args:    budget: tokens of one forward pass; M adapters read each token M times."""
-    copies = model.members if isinstance(model, AdapterEnsemble) else 1
-    return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=max(1, budget // copies)))
+    budget = max(1, budget // model_copies(model))
+    return head_scores(model, row_last_states(model, rows, pad_id, device=device, budget=budget))
+
+
+def model_copies(model: Any) -> int:
+    """How often each token is computed: once, or once for each adapter."""
+    return model.members if isinstance(model, AdapterEnsemble) else 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from rewardmodel.network import Ensemble, load_reward_model
 from rewardmodel.options import RewardOptions
 from rewardmodel.raters import rater_weights, reweighted
 from rewardmodel.report import REPORT_FILE, REPORT_FORMAT, Report, held_out_report
-from rewardmodel.score import REWARD_FILE, RewardNotes, normalisation, row_scores
+from rewardmodel.score import REWARD_FILE, RewardNotes, model_copies, normalisation, row_scores
 from training.encode import Encoder
+from training.errors import InputError
 from training.language_model import Lora
 from training.ledger import Ledger
 from training.loop import Training, train
@@ -72,10 +74,16 @@ def read_items(
 ) -> tuple[dict[str, list[EncodedRanking]], dict[str, Any]]:
     """Encoded rankings by split, and what was counted.
 
-    Args:    options: anything with `max_dropped_share` and `ties`;  share: of the training prompts, chosen by `seed`.
+    Args:    options: anything with `max_dropped_share`, `ties` and `strength_margin`;  share: of the training prompts, chosen by `seed`.
+    Raises:  InputError for a margin by strength where no training ranking states any.
     """
     items, counts = {}, {}
     prompts = read_rankings(data)
+    if options.strength_margin and not any(any(said.strengths) for one in prompts if one.split == "train" for said in one.rankings):
+        raise InputError(
+            f"strength_margin = {options.strength_margin:g} would change nothing: no training ranking of {data} states strengths.",
+            remedy="Leave strength_margin out, or give the rankings `strengths` (docs/data-flow.md, section 1).",
+        )
     for split in ("train", "held_out"):
         chosen = [prompt for prompt in prompts if prompt.split == split]
         ledger = Ledger(f"completions of {split} prompts")
@@ -118,7 +126,7 @@ class Scores:
         self.likelihood, self.constant = self._likelihood_at_start(), self._likelihood_at_start()
         self.targets = [self.likelihood.target(item.rankings, item.size) for item in self.items]
         self.keys = [item.key for item in self.items]
-        self.budget = options.tokens_per_micro_batch
+        self.budget, self.copies = options.tokens_per_micro_batch, model_copies(model)
         self.weights = [target.pairs.weight for target in self.targets]
         self.costs = [item.tokens for item in self.items]
         self.member_weights = bootstrap_weights([item.digest for item in self.items], options.ensemble_size, seed=seed)
@@ -139,7 +147,8 @@ class Scores:
         rows, places = gather_rows([self.items[index] for index in indices])
         targets = [self.targets[index] for index in indices]
         device = self.processes.device
-        by_member = self._scores(rows)[places.to(device)]
+        by_row = self._scores(rows)
+        by_member = by_row[places.to(device)]
         points = by_member.mean(-1)
         batch = self.likelihood.stack(targets, places.shape[1], device)
         losses = member_losses(
@@ -153,7 +162,7 @@ class Scores:
                 "loss": (losses.detach().sum(), self.denominator(indices)),
                 "accuracy": ((batch.wins * (margins.sign() + 1) / 2).sum(), batch.wins.sum()),
                 "margin": ((batch.wins * margins).sum(), batch.wins.sum()),
-                "score": (points.sum(), points.numel()),
+                "score": (by_row.mean(-1).sum(), len(rows)),
             }
             if self.likelihood.parameters:
                 sums["tie_nu"] = (self.likelihood.tie_strength * len(indices), len(indices))
@@ -169,7 +178,8 @@ class Scores:
         notes = RewardNotes(**self.normalisation)
         points = notes.in_log_odds(by_member)
         samples = self.options.bootstrap_samples
-        self.report = held_out_report(self.held_out, [points[place].tolist() for place in places], samples=samples)
+        scores = [points[place].tolist() for place in places]
+        self.report = held_out_report(self.held_out, scores, log_odds=self._log_odds, samples=samples)
         if not self.report.metrics:
             return {}
         by_member = notes.normalise(by_member)
@@ -197,6 +207,10 @@ class Scores:
             "ties": tied,
             "held_out_prompts": len({i.digest for i in self.held_out}),
         }
+
+    def _log_odds(self, differences: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.likelihood.log_odds(torch.from_numpy(differences).to(self.processes.device)).cpu().numpy()
 
     def notes(self) -> dict[str, Any]:
         notes = RewardNotes(

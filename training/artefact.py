@@ -1,4 +1,4 @@
-"""A saved model is the trained model: shown after every run, not believed."""
+"""A saved model is the trained model: shown after every run of SFT, reward and DPO, not believed."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from training.objective import Objective
 # Differences allowed, as a share of the largest value: rounding of merged adapters; and of bfloat16 products with quantised weights.
 ROUNDING = 1e-4
 ROUNDING_QUANTISED = 2e-2
+
+
+def refused_folder(folder: Path) -> Path:
+    """Where a model is put that is not the trained one."""
+    return folder.with_name(f"{folder.name}.refused")
 
 
 def verify_saved(objective: Objective, model: Any, folder: Path, *, device: torch.device) -> None:
@@ -33,7 +38,7 @@ def verify_saved(objective: Objective, model: Any, folder: Path, *, device: torc
         said = "cannot be loaded in the memory there is" if found is None else f"gives other scores: {_some(found)}, not {_some(expected)}"
         raise TrainingFailed(
             f"The saved model {said}.",
-            remedy="The newest checkpoint holds the trained weights. Name other lora_targets, or set verify_saved = false.",
+            remedy="The newest checkpoint holds the trained weights. Ask for it again with other lora_targets, or verify_saved = false.",
         )
 
 

@@ -128,7 +128,10 @@ class Encoder:
         )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to where the completion begins, with at most one BOS. Raises TooLong over `max_prompt_tokens`."""
+        """Tokens up to where the completion begins, with at most one BOS.
+
+        Raises:  TooLong over `max_prompt_tokens`;  ValueError if there is no token at all.
+        """
         if self.template == "chat":
             text = self._render(messages, add_generation_prompt=True)
             ids = self._ids(text)
@@ -136,6 +139,8 @@ class Encoder:
             ids = self._bos + self._ids("\n".join(message["content"] for message in messages) + self.separator)
         if len(ids) > self.max_prompt_tokens:
             raise TooLong("prompt", len(ids), self.max_prompt_tokens)
+        if not ids:
+            raise ValueError("prompt without a token: nothing would predict the completion's first one")
         return ids
 
     def completion_ids(self, text: str) -> list[int]:

@@ -76,13 +76,13 @@ class Gradients:
     def accumulate(self, indices: Sequence[int], *, step: int) -> Accumulated:
         """Raises: TrainingFailed where a single item does not fit. `step` counts from 1."""
         mine = self._mine(indices)
-        denominator = self.objective.denominator(indices)
+        denominator, before = self.objective.denominator(indices), self.objective.budget
         while True:
             attempt = self._attempt(self._cut(mine), denominator)
             ran_out, wrong = self.processes.any(attempt.failed is not None, bool(attempt.not_finite))
             if not ran_out:
                 break
-            self._halve(attempt.failed, where=f"at step {step}")
+            self._halve(attempt.failed, before, where=f"at step {step}")
         blame = self._blame(attempt.not_finite) if wrong else ""
         return Accumulated(attempt.sums, float(sum(self.objective.costs[index] for index in mine)), blame)
 
@@ -91,7 +91,7 @@ class Gradients:
 
         Room for the optimiser's state, which the first step makes, is held meanwhile. Nothing that a step depends on is changed.
         """
-        before = random_state()
+        before, budget = random_state(), self.objective.budget
         shares = [self._mine(batch) for batch in batches]
         while True:
             attempt = self._attempt([max((part for share in shares for part in self._cut(share)), key=self._weight, default=[])], 1.0, True)
@@ -99,14 +99,15 @@ class Gradients:
             (ran_out,) = self.processes.any(attempt.failed is not None)
             if not ran_out:
                 break
-            self._halve(attempt.failed, where="before step 1")
+            self._halve(attempt.failed, budget, where="before step 1")
         set_random_state(before)
 
     def _mine(self, indices: Sequence[int]) -> list[int]:
         return self.processes.share(indices, [self.objective.costs[index] for index in indices])
 
     def _cut(self, mine: Sequence[int]) -> Iterator[list[int]]:
-        for places in micro_batches([self.objective.costs[index] for index in mine], budget=self.objective.budget):
+        budget = max(1, self.objective.budget // self.objective.copies)
+        for places in micro_batches([self.objective.costs[index] for index in mine], budget=budget):
             yield [mine[place] for place in places]
 
     def _weight(self, part: Sequence[int]) -> tuple[int, int]:
@@ -136,16 +137,19 @@ class Gradients:
         attempt.not_finite = [part for loss, part in losses if not torch.isfinite(loss)]
         return attempt
 
-    def _halve(self, failed: list[int] | None, *, where: str) -> None:
-        """Every process comes here once one of them ran out of memory; `failed` is this one's micro-batch that did not fit, if any."""
+    def _halve(self, failed: list[int] | None, before: int, *, where: str) -> None:
+        """Every process comes here once one of them ran out of memory; `failed` is this one's micro-batch that did not fit, if any, and
+        `before` the budget of earlier steps, which a run that ends here is resumed with."""
         self._clear()
         free_memory()
-        mine = None if failed is None else (sum(self.objective.costs[index] for index in failed), self._names(failed))
+        copies = self.objective.copies
+        mine = None if failed is None else (copies * sum(self.objective.costs[index] for index in failed), self._names(failed))
         told = [heard for heard in self.processes.gather(mine) if heard is not None]
         self.out_of_memory += 1
         objective = self.objective
         if objective.budget == 1:
             tokens, name = told[0]
+            objective.budget = before
             raise TrainingFailed(
                 f"Memory ran out {where}: {name} ({tokens} tokens) does not fit even alone.",
                 remedy="Set gradient_checkpointing = true or lora_rank, lower max_prompt_tokens or max_completion_tokens.",

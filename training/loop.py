@@ -1,11 +1,12 @@
 """The one loop that SFT, the reward model and DPO share: batches, steps, events, evaluation, checkpoints, and the end."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.artefact import verify_saved
+from training.artefact import refused_folder, verify_saved
 from training.checkpoint import (
     State,
     load_optimiser_state,
@@ -205,13 +206,29 @@ class Loop:
         counted = {"skipped_steps": optimiser.skipped, "out_of_memory": self.gradients.out_of_memory}
         metrics = {**metrics, "steps": self.progress.steps, "tokens": self.progress.tokens, **counted}
         optimiser.adamw.state.clear()  # its memory is what the saved model is loaded into
+        refusal = self._save_model() if training.processes.is_main else None
+        if (told := training.processes.gather(refusal)[0]) is not None:  # every process ends alike
+            self.save(self.progress.steps)
+            raise TrainingFailed(*told)
         if training.processes.is_main:
-            save_model(training.model, training.encoder, run.model_folder, notes=training.objective.notes())
-            if training.options.verify_saved:
-                verify_saved(training.objective, training.model, run.model_folder, device=training.processes.device)
             weights = {file.name: file_digest(file) for file in sorted(run.model_folder.glob("*.safetensors"))}
             artefacts = {"model": str(run.model_folder), "weights": weights, "encoder_digest": training.encoder.digest}
             run.write_result(metrics=metrics, artefacts=artefacts, seconds=self.progress.seconds, counts=training.counts)
         run.event("end", status="done", step=self.progress.steps)
         training.processes.barrier()
         return metrics
+
+    def _save_model(self) -> tuple[str, str] | None:
+        """Write `model/`; what is wrong with it and the remedy, if it is not the trained model: then it stands in `model.refused/`."""
+        training, folder = self.training, self.training.run.model_folder
+        save_model(training.model, training.encoder, folder, notes=training.objective.notes())
+        if not training.options.verify_saved:
+            return None
+        try:
+            verify_saved(training.objective, training.model, folder, device=training.processes.device)
+        except (TrainingFailed, InputError) as error:
+            refused = refused_folder(folder)
+            shutil.rmtree(refused, ignore_errors=True)
+            folder.rename(refused)
+            return f"{error} It stands in {refused}.", error.remedy
+        return None

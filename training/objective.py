@@ -17,7 +17,10 @@ class Objective(Protocol):
     """Items are known by index; each process knows all of them."""
 
     budget: int
-    """Most padded tokens of one forward pass with gradients. The loop lowers it where memory runs out."""
+    """Most tokens of one forward pass with gradients. The loop lowers it where memory runs out."""
+
+    copies: int
+    """How often each token of an item is computed, and held: once, or once for each adapter of an ensemble."""
 
     @property
     def keys(self) -> Sequence[str]:

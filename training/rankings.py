@@ -159,7 +159,7 @@ def encode_rankings(prompts: Iterable[RankedPrompt], encoder: Encoder, ledger: L
         ledger.read += len(prompt.completions)
         try:
             prompt_ids = encoder.prompt_ids(prompt.messages)
-        except TooLong as error:
+        except (TooLong, ValueError) as error:
             ledger.drop(prompt.key, str(error), count=len(prompt.completions))
             continue
         row_of: dict[tuple[int, ...], int] = {}

@@ -121,7 +121,7 @@ def _moved(thing: Any, device: torch.device) -> Any:
         return type(thing)(**{part.name: _moved(getattr(thing, part.name), device) for part in fields(thing)})
     if isinstance(thing, tuple):
         return tuple(_moved(part, device) for part in thing)
-    return thing
+    return {} if isinstance(thing, dict) else thing  # what was computed on one device does not belong to a copy on another
 
 
 def families_of(rows: Sequence[Row], *, share: bool, budget: int) -> list[Family]:

@@ -231,13 +231,13 @@ def flex_tree_attention(attend: Callable[..., Any], query: Tensor, key: Tensor, 
 def _block_mask(tree: Tree, window: int) -> BlockMask:
     """Made once for all layers of a forward pass, and kept with the tree."""
     if window not in tree.block_masks:
-        segment, parent, positions = tree.segment, tree.parent, tree.positions
+        segment, parent, positions = (part.int() for part in (tree.segment, tree.parent, tree.positions))
+        oldest = positions - window
 
         def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            above = (segment[key] == segment[query]) | (segment[key] == parent[query])
-            distance = positions[query] - positions[key]
-            visible = above & (distance >= 0)
-            return visible & (distance < window) if window else visible
+            # Comparisons alone: the mask is made whole, and a (T, T) difference of numbers would take eight times its memory.
+            visible = ((segment[key] == segment[query]) | (segment[key] == parent[query])) & (positions[key] <= positions[query])
+            return visible & (positions[key] > oldest[query]) if window else visible
 
         tree.block_masks[window] = create_block_mask(sees, None, None, len(segment), len(segment), device=segment.device)
     return tree.block_masks[window]

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
+from statistics import fmean, pvariance
 from typing import Any
 
 from django.db import transaction
@@ -65,13 +68,13 @@ def _items(round: Round, jobs: list[Job], counts: Counter[str]) -> Iterator[dict
     shown = min(int(round.settings.get("shown") or MAX_COMPLETIONS), MAX_COMPLETIONS)
     messages: dict[str, list[dict[str, str]]] = {}
     written: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    disputes: dict[str, list[float]] = {}
+    judged: dict[str, dict[str, list[float]]] = {}
     for job in jobs:
         for row in _rows(job):
             messages.setdefault(row["key"], row["messages"])
-            disputes.setdefault(row["key"], []).append(row.get("disagreement") or 0.0)
+            judged.setdefault(row["key"], {})[row["text"]] = row.get("member_scores") or []
             written.setdefault(row["key"], {}).setdefault(job.name, []).append(_completion(job, row))
-    for key in _most_disputed(round, disputes, counts) if round.settings.get("most_uncertain_prompts") else sorted(written):
+    for key in _most_disputed(round, judged, counts) if round.settings.get("most_uncertain_prompts") else sorted(written):
         completions = _mix(written[key], key, shown, counts)
         if len(completions) < 2:
             counts["too_few"] += 1
@@ -79,12 +82,26 @@ def _items(round: Round, jobs: list[Job], counts: Counter[str]) -> Iterator[dict
         yield {"key": next_key(key, round.number), "messages": messages[key], "completions": completions}
 
 
-def _most_disputed(round: Round, disputes: dict[str, list[float]], counts: Counter[str]) -> list[str]:
-    """Keys of the prompts with the highest mean disagreement over their completions, of all policies alike."""
-    order = sorted(disputes, key=lambda key: (-sum(disputes[key]) / len(disputes[key]), key))
+def _most_disputed(round: Round, judged: dict[str, dict[str, list[float]]], counts: Counter[str]) -> list[str]:
+    """Keys of the prompts whose completions, of all policies together, the members of the reward model order most differently."""
+    disputes = {key: dispute(list(texts.values())) for key, texts in judged.items()}
+    order = sorted(disputes, key=lambda key: (-disputes[key], key))
     chosen = order[: round.settings["most_uncertain_prompts"]]
     counts["less_disputed"] = len(order) - len(chosen)
     return sorted(chosen)
+
+
+def dispute(scores: list[list[float]]) -> float:
+    """Mean over pairs of completions of the variance over members of P(one before the other): 0 to 1/4, 0 where there is no pair.
+
+    The same measure as `rewardmodel.ensemble.disagreement`, which this half of the house cannot import.
+
+    Args:    scores: of each completion by each member, in log-odds."""
+    variances = []
+    for one, other in combinations(scores, 2):
+        chances = [0.5 * (1 + math.tanh((a - b) / 2)) for a, b in zip(one, other, strict=True)]
+        variances.append(pvariance(chances) if chances else 0.0)
+    return fmean(variances) if variances else 0.0
 
 
 def _rows(job: Job) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """One call makes a whole round: snapshot, reward model, policies, new completions, evaluation, and the way home to the raters."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from django.conf import settings
 from django.db import transaction
 
 from alignment.methods import options_check
-from alignment.models import Round
+from alignment.models import Round, TrainedModel
 from alignment.options import GenerateOptions
 from alignment.selectors import model_reference
 from alignment.services.home import round_open
@@ -24,6 +25,7 @@ from training.options import parse_options
 
 POLICY_METHODS = ("dpo", "ppo")
 STEPS = ("reward", *POLICY_METHODS, "generate", "evaluate")
+REWARD_FILE = "rankloop_reward.json"  # its `mean` is one number, or one for each member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,8 @@ def round_check(*, request: RoundRequest) -> None:
             options_check(step, options)
     except InputError as error:
         raise Refused("option_invalid", f"{error} {error.remedy}".strip()) from error
-    disputes = request.generating.get("keep") == "uncertain" or request.generating.get("most_uncertain_prompts")
-    if disputes and not request.reward_model and request.options.get("reward", {}).get("ensemble_size", 1) == 1:
-        raise Refused("no_ensemble", "What members of a reward model dispute needs several of them: set reward.ensemble_size = 4 or more.")
+    if (reason := _needs_members(request)) and _members(request) == 1:
+        raise Refused("no_ensemble", f"{reason} needs a reward model of several members: set reward.ensemble_size = 4 or more.")
     model_reference(text=request.model)
     if request.reward_model:
         model_reference(text=request.reward_model)
@@ -78,6 +79,32 @@ def round_check(*, request: RoundRequest) -> None:
         raise Refused("shown_invalid", f"Raters are shown 2 to {MAX_COMPLETIONS} completions of a prompt; got {request.shown}.")
     if request.prompts < 0 or request.prompt_split not in SPLITS:
         raise Refused("prompts_invalid", f"prompts must be 0 or more, and their split one of {', '.join(SPLITS)}.")
+
+
+def _needs_members(request: RoundRequest) -> str:
+    """What of the round asks where the members of a reward model differ; "" if nothing does."""
+    generating, ppo = request.generating, request.options.get("ppo", {})
+    if generating.get("keep") == "uncertain" or generating.get("most_uncertain_prompts"):
+        return "What members of a reward model dispute"
+    if generating.get("keep") == "best" and generating.get("reward_view", "mean") != "mean":
+        return f"generate.reward_view = {generating['reward_view']}"
+    if "ppo" in request.methods and ppo.get("reward_view", "mean") != "mean":
+        return f"ppo.reward_view = {ppo['reward_view']}"
+    return ""
+
+
+def _members(request: RoundRequest) -> int | None:
+    """Of the reward model that the round learns, or of the one it was given; None where that is not known here."""
+    if not request.reward_model:
+        return int(request.options.get("reward", {}).get("ensemble_size", 1))
+    found = model_reference(text=request.reward_model)
+    made = TrainedModel.objects.filter(name=found["name"]).first() if isinstance(found, dict) else None
+    folder = made.folder if made else Path(found) if isinstance(found, str) else None
+    try:
+        mean = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))["mean"] if folder else None
+    except (OSError, ValueError, KeyError):
+        return None
+    return len(mean) if isinstance(mean, list) else 1 if mean is not None else None
 
 
 def round_create(*, request: RoundRequest) -> Round:

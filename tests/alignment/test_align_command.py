@@ -137,6 +137,9 @@ def test_a_dry_run_spells_out_every_option_and_queues_nothing(place, project):
     plan = json.loads(told(*sft(place), "--dry-run", "--set", "epochs=2"))
     assert plan["options"]["epochs"] == 2
     assert set(plan["options"]) == set(options_check("sft", {}))
+    uncertain = ("--set", "reward.ensemble_size=4", "--set", "generate.candidates=4", "--set", "generate.keep=uncertain")
+    chosen = json.loads(told("align", "round", "facts", "--model", str(place / "start"), "--dry-run", *uncertain))
+    assert (chosen["options"]["generate"]["samples"], chosen["options"]["generate"]["candidates"]) == (2, 4)
     round_plan = json.loads(told("align", "round", "facts", "--model", str(place / "start"), "--dry-run", "--set", "dpo.beta=0.3"))
     assert round_plan["options"]["dpo"]["beta"] == 0.3
     assert not Job.objects.exists()

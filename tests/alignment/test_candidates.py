@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from alignment import generate
-from alignment.candidates import best_first
+from alignment.candidates import best_first, most_disputed_texts
 from alignment.options import GenerateOptions
 from rewardmodel.ensemble import disagreement, mean_disagreement, most_disputed
 from rewardmodel.score import Scorer
@@ -139,6 +140,17 @@ def test_equal_texts_go_behind_all_others():
     assert best_first([0.0, 0.0], ["a", "b"]) == [0, 1]
 
 
+def test_raters_are_not_asked_about_the_same_text_twice():
+    """Texts a, a, b, c; pairs (a, b) .20, (a, c) .05, (b, c) .10. With a and b chosen a second a would add most, and say nothing."""
+    scores = torch.zeros(4, 4)
+    for one, other, value in ((0, 2, 0.2), (1, 2, 0.2), (0, 3, 0.05), (1, 3, 0.05), (2, 3, 0.1)):
+        scores[one, other] = scores[other, one] = value
+    assert most_disputed(scores, 3) == [0, 2, 1]
+    assert most_disputed_texts(scores, ["a", "a", "b", "c"], 3) == [0, 2, 3]
+    assert most_disputed_texts(scores, ["a", "a", "b", "a"], 3) == [0, 2, 1]
+    assert most_disputed_texts(scores, ["a", "a", "a", "a"], 2) == [0, 1]
+
+
 def test_what_members_dispute_is_kept(home: Path, tmp_path: Path, drawn):
     """The more of the letter a, the more the members differ: the text with the most of it stands beside the one with the least."""
     run = make(tmp_path / "run", home, keep="uncertain", candidates=8, samples=3)
@@ -147,7 +159,7 @@ def test_what_members_dispute_is_kept(home: Path, tmp_path: Path, drawn):
     for key, kept in by_prompt(rows_of(run)).items():
         rows = scorer.rows([(one["messages"], one["text"]) for one in drawn[key]])
         pairs = disagreement(scorer.raw_scores(rows))
-        assert [row["sample"] for row in kept] == most_disputed(pairs, 3)
+        assert [row["sample"] for row in kept] == most_disputed_texts(pairs, [one["text"] for one in drawn[key]], 3)
         assert kept[0]["disagreement"] >= mean_disagreement(pairs, [0, 1, 2]) - 1e-9
         tokens = [[*row.prompt_ids, *row.completion_ids] for row in rows]
         shares = [one.count(3) / len(one) for one in tokens]

@@ -57,6 +57,12 @@ def losses_of(rankings, logps, reference, options, *, tokens=None):
         ({"loss": "sft", "sft_weight": 0.5}, "leave sft_weight out"),
         ({"loss": "sft", "ties": "half"}, "ties cannot change it"),
         ({"sft_weight": -1.0}, "sft_weight must not be negative"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma would change nothing: it goes with loss = simpo"),
+        ({"loss": "ipo", "discopop_tau": 0.1}, "discopop_tau would change nothing"),
+        ({"desirable_weight": 2.0}, "desirable_weight would change nothing"),
+        ({"tie_probability": 0.3}, "tie_probability would change nothing: it goes with ties = rao_kupper or davidson"),
+        ({"alpha_divergence_coefficient": 0.3}, "alpha_divergence_coefficient would change nothing"),
+        ({"loss": "sft", "beta": 0.3}, "beta would change nothing"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused_with_the_reason(options, says):

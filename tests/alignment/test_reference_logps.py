@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import alignment.dpo
+import alignment.reference_logps as reference_module
 from alignment.reference_logps import REFERENCE_FILE, LogpCache, cache_folder, model_digest, row_digest
 from tests.training.tiny import REPOSITORY, events, llama, make_run, snapshot, start, weights, write_lines
+from training.errors import Stopped
 from training.language_model import Lora, load_policy
 from training.pack import Row
 
@@ -129,6 +131,31 @@ def test_a_corrupt_file_is_passed_over_with_a_warning(tmp_path, model, data, har
     assert counted(two) == (0, rows)
     assert any(file.name in event["text"] for event in events(two, "warning"))
     assert counted(finished(tmp_path / "runs" / "three", model, data)) == (rows, 0)
+
+
+def test_a_pass_that_is_stopped_goes_on_where_it_was_and_tells_how_far_it_is(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr(reference_module, "UNITS_AT_A_TIME", 4)
+    monkeypatch.setattr(reference_module, "stop_requested", lambda: True)
+    run = make_run(tmp_path / "runs" / "run", "dpo", model=model, data=data, batch_rankings=8, max_steps=2, learning_rate=1e-3)
+    with pytest.raises(Stopped, match="prompt 4 of 16"):
+        alignment.dpo.run(run)
+    assert [(event["what"], event["step"], event["steps"]) for event in events(run, "part")] == [("reference", 4, 16)]
+    assert events(run, "end")[0]["status"] == "stopped"
+    monkeypatch.undo()
+    monkeypatch.delenv("RANKLOOP_CACHE", raising=False)
+    alignment.dpo.run(run)
+    assert events(run, "part")[-1]["steps"] == 12
+    whole = finished(tmp_path / "cold" / "runs" / "run", model, data)
+    assert torch.equal(used(run), used(whole))
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(run).items())
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_path, model, data, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RANKLOOP_CACHE", str(tmp_path / "file"))
+    run = finished(tmp_path / "runs" / "run", model, data)
+    assert run.result() is not None
+    assert any("could not be kept" in event["text"] for event in events(run, "warning"))
 
 
 def test_where_the_cache_lies(tmp_path, model, data, monkeypatch):

@@ -5,11 +5,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 from alignment.models import Job, Round
 from alignment.selectors import round_summary
 from alignment.services.claims import job_claim, job_finish
-from alignment.services.home import next_key, round_bring_home
+from alignment.services.home import dispute, next_key, round_bring_home
 from alignment.services.jobs import job_cancel
 from alignment.services.rounds import RoundRequest, round_create
 from alignment.services.settling import Ending
@@ -20,6 +21,7 @@ from annotation.selectors import task_of
 from annotation.services.leases import lease_next
 from annotation.services.prompts import prompts_add
 from annotation.services.rankings import ranking_submit
+from rewardmodel.ensemble import disagreement, mean_disagreement
 
 pytestmark = pytest.mark.django_db
 
@@ -195,6 +197,28 @@ def test_keys_stay_within_their_field():
     assert long != next_key("x" * 199 + "y", 12)
 
 
+def test_a_dispute_is_the_variance_of_the_members_verdicts():
+    """Two members are sure of opposite orders: P is 1 and 0, the variance 1/4. They agree on the third: its pairs add nothing."""
+    assert dispute([[50.0, -50.0], [0.0, 0.0]]) == pytest.approx(0.25)
+    assert dispute([[50.0, -50.0], [0.0, 0.0], [99.0, 99.0]]) == pytest.approx(0.25 / 3, abs=1e-9)
+    assert dispute([[1.0, 2.0]]) == dispute([]) == dispute([[], []]) == 0.0
+    scores = torch.randn(5, 3)
+    assert dispute(scores.tolist()) == pytest.approx(mean_disagreement(disagreement(scores), range(5)), abs=1e-6)
+
+
+def test_a_reward_model_of_one_member_that_is_given_is_seen_to_be_one(project, place, tmp_path):
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    for mean, refused in ((0.5, True), ([0.5, 0.1], False)):
+        (folder / "rankloop_reward.json").write_text(json.dumps({"mean": mean}))
+        asked = {"options": {"ppo": {"reward_view": "worst"}}, "reward_model": str(folder), "methods": ("ppo",)}
+        if refused:
+            with pytest.raises(Refused, match="several members"):
+                begin(project, place, **asked)
+        else:
+            begin(project, place, **asked)
+
+
 UNCERTAIN = {"reward": {"ensemble_size": 3}, "generate": {"keep": "uncertain", "candidates": 8, "most_uncertain_prompts": 3}}
 
 
@@ -202,6 +226,12 @@ def test_a_dispute_is_refused_where_the_round_learns_a_reward_model_of_one_membe
     for asked in ({"keep": "uncertain", "candidates": 8}, {"most_uncertain_prompts": 3}):
         with pytest.raises(Refused, match="ensemble_size"):
             begin(project, place, options={"generate": asked})
+    for options in (
+        {"ppo": {"reward_view": "worst"}},
+        {"generate": {"keep": "best", "candidates": 8, "reward_view": "mean_minus_spread"}},
+    ):
+        with pytest.raises(Refused, match=r"reward_view = .* needs a reward model of several members"):
+            begin(project, place, options=options)
     with pytest.raises(Refused, match="both, or neither"):  # each of three policies writes two of the four
         begin(project, place, options={**UNCERTAIN, "generate": {"keep": "uncertain", "candidates": 2}})
     assert not Job.objects.exists()
@@ -219,7 +249,8 @@ def test_a_round_that_asks_what_is_disputed_gives_its_reward_model_to_those_who_
 
 
 def test_only_the_most_disputed_prompts_come_home_and_the_others_are_counted(project, place):
-    """The mean over both policies counts. Key n: disagreement n / 100 and (20 - n) / 50, mean (40 - n) / 200."""
+    """What counts is between the policies: each writes texts that its own members find alike, and the smaller the key, the more they differ
+    about which policy's are better."""
     made = begin(project, place, methods=("dpo",), options=UNCERTAIN, prompts=0)
     while (job := job_claim(worker="w", lease_seconds=60, slots=1, free=1)) is not None:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +261,8 @@ def test_only_the_most_disputed_prompts_come_home_and_the_others_are_counted(pro
             rows = [json.loads(line) for line in (job.folder / "completions.jsonl").read_text().splitlines()]
             for row in rows:
                 number = int(row["key"].removeprefix("p"))
-                row["disagreement"] = (20 - number) / 50 if job.name.endswith("dpo") else number / 100
+                row["disagreement"] = 0.0
+                row["member_scores"] = [(20 - number) / 10, (number - 20) / 10] if job.name.endswith("dpo") else [0.0, 0.0]
                 row["score"] = {"mean": 0.5, "spread": 0.1, "worst": 0.3}
             (job.folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         job_finish(job=job, fence=job.fence, ending=Ending(exit_code=0))

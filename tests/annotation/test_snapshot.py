@@ -204,8 +204,8 @@ def test_a_snapshot_whose_file_was_damaged_is_not_taken_for_a_new_one(tmp_path: 
         snapshot_create(project=project)
 
 
-def spoiled(tmp_path: Path, change: Any) -> str:
-    """What `verify` says of a copy of a snapshot in which `change(rows, manifest)` was made, the digest set right again."""
+def changed(tmp_path: Path, change: Any) -> Path:
+    """A copy of a snapshot in which `change(rows, manifest)` was made, the digest set right again."""
     load("p", mixed(tmp_path))
     snapshot = snapshot_create(project=Project.objects.get())
     rows, manifest = rows_of(snapshot), manifest_of(snapshot)
@@ -216,7 +216,19 @@ def spoiled(tmp_path: Path, change: Any) -> str:
     copy.mkdir()
     (copy / "rankings.jsonl").write_bytes(content)
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    return refused("snapshot", "verify", copy)
+    return copy
+
+
+def spoiled(tmp_path: Path, change: Any) -> str:
+    """What `verify` says of it."""
+    return refused("snapshot", "verify", changed(tmp_path, change))
+
+
+def test_stated_strengths_and_weights_are_part_of_the_format(tmp_path: Path) -> None:
+    def state(rows: Any, manifest: Any) -> None:
+        rows[0].update(weight=0.5, strengths=[2] * (len(rows[0]["bands"]) - 1))
+
+    assert "whole" in run("snapshot", "verify", changed(tmp_path, state))[0]
 
 
 def swap_split(rows: Any, manifest: Any) -> None:
@@ -234,6 +246,8 @@ def swap_split(rows: Any, manifest: Any) -> None:
         (lambda rows, manifest: rows.reverse(), "does not stand in order of (key, rater, ranking)"),
         (lambda rows, manifest: rows[3].pop("rater_kind"), "line 4: its fields differ from the format: rater_kind"),
         (lambda rows, manifest: rows[3].pop("bands"), "cannot be read as a ranking"),
+        (lambda rows, manifest: rows[0].update(weight=-1), "line 1: weight is not a finite number"),
+        (lambda rows, manifest: rows[0].update(strengths=[1] * 20), "line 1: strengths are not"),
         (lambda rows, manifest: manifest["counts"].update(pairs=1), "counts: recounted"),
         (lambda rows, manifest: manifest["raters"].popitem(), "raters: recounted"),
         (lambda rows, manifest: manifest.update(held_out_percent=90), "is in split"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,3 +46,12 @@ def test_items_of_one_prompt_are_one_cluster():
 def test_the_interval_is_reproducible():
     items = [judged(str(n), [1.0, 0.0], [[n % 2], [1 - n % 2]]) for n in range(20)]
     assert accuracy(items, seed=1) == accuracy(items, seed=1)
+
+
+@pytest.mark.parametrize("majority", [False, True])
+def test_a_weight_of_two_is_the_ranking_twice_and_0_is_none(majority):
+    right, wrong = RaterRanking(((0,), (1,))), RaterRanking(((1,), (0,)))
+    points = [1.0, 0.0]
+    heavy = [Judged("a", points, [replace(right, weight=2.0), wrong]), Judged("b", points, [right, replace(wrong, weight=0.0)])]
+    copies = [Judged("a", points, [right, right, wrong]), Judged("b", points, [right])]
+    assert accuracy(heavy, majority=majority) == accuracy(copies, majority=majority)

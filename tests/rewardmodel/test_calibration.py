@@ -60,8 +60,10 @@ def test_no_temperature_near_the_fitted_one_is_more_likely():
 
 
 def test_scores_without_error_or_without_sense_stay_within_limits():
-    right = Pairs(np.array([1.0, 2.0]), np.ones(2), np.array(["a", "b"]))
-    assert 0.01 <= fit_temperature(right).value < 0.05
+    """Where no pair is wrong, no temperature is too low: nothing is fitted, and the interval says that nothing is known."""
+    right = Pairs(np.array([1.0, 2.0, -1.0]), np.array([1.0, 1.0, 0.0]), np.array(["a", "b", "b"]))
+    fitted = fit_temperature(right)
+    assert (fitted.value, fitted.low, fitted.high) == (1.0, 0.01, math.inf)
     wrong = Pairs(np.array([-1.0, -2.0]), np.ones(2), np.array(["a", "b"]))
     assert fit_temperature(wrong).value == pytest.approx(100.0)
     assert fit_temperature(Pairs(np.zeros(2), np.ones(2), np.array(["a", "b"]))).value == 1.0

@@ -48,6 +48,7 @@ def test_ties_that_teach_are_not_left_out_but_counted(encoder):
     _, counts = counted(encoder, prompt("a", ["sat.", "ran.", "ate."], said((0, 1), (2,)), said((0, 1, 2))))
     assert counts["rankings_left_out"] == {}
     assert (counts["preference_pairs"], counts["tied_pairs"]) == (2, 4)
+    assert counts["tied_pairs_keys"] == ["a/r"]
 
 
 def test_a_ranking_that_lost_a_completion_is_used_and_listed(encoder):
@@ -60,3 +61,4 @@ def test_a_ranking_that_lost_a_completion_is_used_and_listed(encoder):
 def test_pairs_that_no_model_can_tell_apart_are_counted(encoder):
     _, counts = counted(encoder, prompt("a", ["sat.", "ran.", "sat."], said((0,), (1,), (2,)), said((0, 2), (1,)), said((0,), (1,))))
     assert counts["pairs_of_equal_completions"] == 2
+    assert counts["pairs_of_equal_completions_keys"] == ["a/r"]

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import rewardmodel.train
+from rewardmodel.likelihood import AllPairs, Reading
 from rewardmodel.report import held_out_report
 from rewardmodel.score import RewardNotes, Scorer, read_notes
+from rewardmodel.tie_models import RaoKupper
 from tests.training.tiny import llama, make_run, snapshot
 from training.rankings import EncodedRanking, RaterRanking, read_rankings
 
@@ -131,3 +133,25 @@ def test_a_trained_model_s_folder_holds_its_report_and_temperature(tmp_path):
                         total, count = total - float(torch.nn.functional.logsigmoid(odds)), count + 1
     assert count == metrics["pairs"]
     assert total / count == pytest.approx(report["calibration"]["pair_log_loss"], abs=1e-4)
+
+
+def test_a_model_that_is_right_about_ties_and_wins_is_calibrated_under_rao_kupper():
+    """Raters who choose by Rao and Kupper with theta = 3 on known scores: with the model's own log-odds the temperature is 1, with plain
+    differences it would be far below."""
+    generator, model = np.random.default_rng(3), RaoKupper(torch.tensor(math.log(math.log(3.0))))
+    items, scores = [], []
+    for number in range(3000):
+        points = generator.normal(size=2)
+        margin = torch.tensor(points[0] - points[1])
+        chances = [float(model.log_win(margin).exp()), float(model.log_win(-margin).exp())]
+        drawn = generator.choice(3, p=[*chances, 1 - sum(chances)])
+        bands = (((0,), (1,)), ((1,), (0,)), ((0, 1),))[drawn]
+        items.append(EncodedRanking(f"{number}", f"{number}", [1], [[2], [3]], [0, 1], [RaterRanking(bands)], ["a", "b"]))
+        scores.append(points.tolist())
+    likelihood = AllPairs(model, Reading("rao_kupper"))
+    fitted = held_out_report(items, scores, log_odds=lambda d: likelihood.log_odds(torch.from_numpy(d)).numpy(), samples=100)
+    assert fitted.tables["calibration"]["temperature_low"] < 1 < fitted.tables["calibration"]["temperature_high"]
+    assert held_out_report(items, scores, samples=100).temperature < 0.8
+    notes = RewardNotes(ties="rao_kupper", nu=3.0)
+    win, loss = (float(model.log_win(torch.tensor(d)).exp()) for d in (0.7, -0.7))
+    assert float(notes.win_probability(torch.tensor(0.7))) == pytest.approx(win / (win + loss))

@@ -95,7 +95,7 @@ def test_the_artefact_knows_its_normalisation_ties_encoder_and_snapshot(trained,
         {"ties": "half", "centring": 0.01},
         {"ties": "rao_kupper", "label_smoothing": 0.1, "rater_weights": "agreement"},
         {"loss": "plackett_luce", "lora_rank": 4},
-        {"loss": "plackett_luce", "ties": "drop", "strength_margin": 0.5},
+        {"loss": "plackett_luce", "ties": "drop"},
     ],
 )
 def test_every_variant_trains_and_can_be_loaded(tmp_path, model, data, options):
@@ -107,6 +107,16 @@ def test_every_variant_trains_and_can_be_loaded(tmp_path, model, data, options):
 def test_training_goes_on_from_a_reward_model(trained, tmp_path, data):
     more = finished(tmp_path / "more", trained.model_folder, data, max_steps=1, learning_rate=1e-6)
     assert more.result()["metrics"]["accuracy"] == pytest.approx(trained.result()["metrics"]["accuracy"], abs=0.02)
+
+
+def test_a_margin_by_strength_wants_strengths(tmp_path, model, data):
+    with pytest.raises(InputError, match=r"no training ranking of .* states strengths"):
+        finished(tmp_path / "none", model, data, max_steps=1, strength_margin=0.5)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    stated = write_lines(tmp_path / "stated.jsonl", [{**row, "strengths": [1] * (len(row["bands"]) - 1)} for row in rows])
+    options = {"max_steps": 4, "learning_curve": []}
+    plain, wider = (finished(tmp_path / f"{margin}", model, stated, strength_margin=margin, **options) for margin in (0.0, 2.0))
+    assert events(wider, "step")[0]["metrics"]["loss"] > events(plain, "step")[0]["metrics"]["loss"] + 0.5
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])

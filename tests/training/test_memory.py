@@ -104,6 +104,29 @@ def test_an_item_that_never_fits_ends_the_run_with_its_name(parts, tmp_path, mon
     assert "gradient_checkpointing" in failed.value.remedy
 
 
+def test_a_run_that_ends_for_want_of_memory_is_resumed_with_the_micro_batches_it_had(parts, tmp_path, monkeypatch):
+    run = new_run(parts, tmp_path / "run", "dpo", max_steps=3, learning_rate=1e-3)
+    real = Optimiser.step
+
+    def then_narrow(self, step, *arguments, **more):
+        update = real(self, step, *arguments, **more)
+        narrow(OBJECTIVES["dpo"], 5, patch=monkeypatch.setattr)
+        return update
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Optimiser, "step", then_narrow)
+        with pytest.raises(TrainingFailed, match="does not fit even alone"):
+            METHODS["dpo"](run)
+    assert read_checkpoint(run.newest_checkpoint())[1].values["tokens_per_micro_batch"] == 4096
+
+
+def test_adapters_side_by_side_are_counted_as_often_as_they_are_computed(parts, tmp_path):
+    """Three adapters hold each token three times: micro-batches are a third as long, and the update is the same."""
+    options = {"max_steps": 2, "learning_curve": [], "ensemble_size": 3, "ensemble": "adapters", "lora_rank": 2}
+    runs = [finished(parts, tmp_path / str(budget), "reward", tokens_per_micro_batch=budget, **options) for budget in (4096, 240)]
+    assert_same(*runs, atol=1e-5)
+
+
 def test_one_process_of_two_that_runs_out_of_memory_takes_the_other_with_it(parts, tmp_path):
     run = new_run(parts, tmp_path / "run", "reward", max_steps=3, learning_curve=[])
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")

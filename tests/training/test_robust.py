@@ -87,9 +87,16 @@ def test_a_saved_model_that_is_not_the_trained_one_ends_the_run_before_its_resul
 
     monkeypatch.setattr(training.loop, "save_model", without_head)
     run = new_run(parts, tmp_path / "run", "reward", max_steps=2)
-    with pytest.raises(TrainingFailed, match="saved model gives other scores"):
+    with pytest.raises(TrainingFailed, match=r"saved model gives other scores.* It stands in .*model\.refused"):
         METHODS["reward"](run)
     assert run.result() is None
+    assert not run.model_folder.exists()
+    assert run.newest_checkpoint().name == "step-2", "what was trained is kept"
+    monkeypatch.undo()
+    METHODS["reward"](run)
+    assert run.result()["metrics"]["steps"] == 2
+    assert [event["step"] for event in events(run, "step")] == [1, 2], "nothing was trained again"
+    monkeypatch.setattr(training.loop, "save_model", without_head)
     assert finished(parts, tmp_path / "unverified", "reward", max_steps=2, verify_saved=False).result() is not None
 
 

@@ -4,10 +4,11 @@ import argparse
 import json
 import textwrap
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
 
+from alignment.loss_kinds import LOSS_KINDS
 from alignment.methods import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -115,7 +116,10 @@ class Command(BaseCommand):
                 {
                     "model": request.model,
                     "methods": methods,
-                    "options": {step: options_check(step, request.options.get(step, {})) for step in steps},
+                    "options": {
+                        step: options_check(step, request.generating if step == "generate" else request.options.get(step, {}))
+                        for step in steps
+                    },
                 }
             )
             return EXIT_OK
@@ -236,11 +240,17 @@ def _options_text(method: Method) -> str:
         known = options_check(method.name, {})
     except InputError:
         known = {one.name: "(must be given)" for one in fields(options_class(method.name))}
-    words = [f"{name}={json.dumps(value)}" for name, value in sorted(known.items())]
-    return textwrap.fill(
-        "options for --set and --config, with their defaults: " + "  ".join(words),
-        width=100,
-        subsequent_indent="  ",
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    hints = get_type_hints(options_class(method.name))
+    words = []
+    for name, value in sorted(known.items()):
+        choices = [one for one in get_args(hints[name]) if isinstance(one, str) and one != value]
+        words.append(f"{name}={json.dumps(value)}" + (f" (or {', '.join(map(json.dumps, choices))})" if choices else ""))
+    text = _filled("options for --set and --config, with their defaults: " + "  ".join(words))
+    if method.name != "dpo":
+        return text
+    width = max(map(len, LOSS_KINDS))
+    return "\n".join([text, "", "losses:", *(f"  {kind.name:<{width}}  {kind.source}" for kind in LOSS_KINDS.values())])
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)

@@ -7,16 +7,30 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from alignment.follow import COUNTED_AS_WARNING
+from alignment.ledgers import ledger_of
 from alignment.management.commands.align import EXIT_CODES, HelpFormatter
 from alignment.methods import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_STOPPED
 from alignment.models import Job, TrainedModel
 from alignment.progress import facts
-from alignment.selectors import align_command, job_get, job_summary, lineage_lines, run_command, samples_of
+from alignment.selectors import (
+    DISPUTED_FILE,
+    align_command,
+    counts_in,
+    disputed_of,
+    events_of,
+    job_get,
+    job_summary,
+    lineage_lines,
+    run_command,
+    samples_of,
+)
 from alignment.services.jobs import job_cancel, job_resume, job_retry
 from alignment.tables import jobs_table
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 
+NAMED_KEYS, NAMED_WARNINGS = 5, 5
 CHANGES = {"cancel": job_cancel, "resume": job_resume, "retry": job_retry}
 HELP = {
     "cancel": "stop a running job at its next checkpoint, or take it out of the queue",
@@ -90,6 +104,14 @@ class Command(BaseCommand):
             f"seed {job.seed}, {job.processes} process(es)",
         ]
         lines += [f"  {name:<34} {value:.6g}" for name, value in sorted(job.metrics.items())]
+        events = events_of(job=job)
+        for entry in ledger_of(counts_in(events)):
+            which = f"  first: {', '.join(entry.keys[:NAMED_KEYS])}" if entry.keys else ""
+            lines.append(f"  {entry.name}: {entry.counts[0]:,} for training, {entry.counts[1]:,} held out{which}")
+        told = [event.get("text", "") for event in events if event.get("kind") in COUNTED_AS_WARNING]
+        lines += [f"warning: {text}" for text in told[-NAMED_WARNINGS:]]
+        if disputed_of(job=job, limit=1):
+            lines.append(f"what to label next, most disputed first: {job.folder / DISPUTED_FILE}")
         model = TrainedModel.objects.filter(job=job).first()
         lines += lineage_lines(job=job, model=model)
         for sample in samples_of(job=job, limit=3):
