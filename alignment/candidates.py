@@ -86,10 +86,10 @@ def most_disputed_texts(pairs: Tensor, texts: Sequence[str], count: int) -> list
     for index, text in enumerate(texts):
         found.setdefault(text, index)
     first = list(found.values())
-    if len(first) <= count:
-        return [*first, *(index for index in range(len(texts)) if index not in first)][:count]
-    places = torch.tensor(first)
-    return [first[place] for place in most_disputed(pairs[places][:, places], count)]
+    if len(first) > 1:
+        places = torch.tensor(first)
+        first = [first[place] for place in most_disputed(pairs[places][:, places], min(count, len(first)))]
+    return [*first, *(index for index in range(len(texts)) if index not in found.values())][:count]
 
 
 def best_first(scores: Sequence[float], texts: Sequence[str]) -> list[int]:

@@ -209,7 +209,8 @@ class Loop:
         refusal = self._save_model() if training.processes.is_main else None
         if (told := training.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save(self.progress.steps)
-            raise TrainingFailed(*told)
+            error, remedy = told
+            raise TrainingFailed(error, remedy=remedy)
         if training.processes.is_main:
             weights = {file.name: file_digest(file) for file in sorted(run.model_folder.glob("*.safetensors"))}
             artefacts = {"model": str(run.model_folder), "weights": weights, "encoder_digest": training.encoder.digest}
