@@ -34,10 +34,10 @@ def weights_digests(folder: str | Path) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files}
 
 
-def stream_of(folder: str | Path) -> int:
-    """A number for the policy's random numbers, from its weights: two policies under one seed must not write with the same luck, or
-    raters would be shown the same text twice."""
-    text = "".join(weights_digests(folder).values()) or str(folder)
+def stream_of(folder: str | Path, purpose: str = "") -> int:
+    """A number for the policy's random numbers, from its weights, wherever they lie, and what it writes for: two policies under one seed
+    must not write with the same luck, or raters would be shown the same text twice."""
+    text = ("".join(weights_digests(folder).values()) or str(folder)) + purpose
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 

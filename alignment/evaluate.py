@@ -45,6 +45,9 @@ from training.progress import Progress
 from training.rankings import PromptRow
 from training.rundir import RunDirectory, finite, write_atomically
 
+# In units of normalised reward: the same text scored in another batch differs by less.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -133,7 +136,7 @@ class Evaluation:
         check_room(model, prompts, self.options.max_completion_tokens)
         policy = Policy(folder, model, encoder, prompts)
         # The baseline has luck of its own: under one stream a policy's sample and the baseline's would not be independent.
-        step = stream_of(folder) if with_kl else stream_of(f"{folder}:baseline")
+        step = stream_of(folder, "" if with_kl else "baseline")
         sampling = Sampling(
             self.options.max_completion_tokens,
             temperature=self.options.temperature,
@@ -219,10 +222,10 @@ class Evaluation:
 
 
 def win_shares(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """(wins with ties as half, ties) among all pairs of one prompt's samples, as shares."""
+    """(wins with ties as half, ties) among all pairs of one prompt's samples, as shares. Scores within ROUNDING of each other are equal."""
     differences = np.subtract.outer(np.asarray(own), np.asarray(other))
-    ties = float((differences == 0).mean())
-    return float((differences > 0).mean()) + ties / 2, ties
+    ties = float((np.abs(differences) <= ROUNDING).mean())
+    return float((differences > ROUNDING).mean()) + ties / 2, ties
 
 
 def comparison(answers: Answers, baseline: Answers, *, seed: int) -> dict[str, float]:

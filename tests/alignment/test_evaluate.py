@@ -1,6 +1,7 @@
 """Evaluation: win rates by hand, KL against the exact one, and names that do not change."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_win_shares_by_hand():
     """Own 1, 2 against 1, 0: 1-1 ties, 1-0, 2-1 and 2-0 win: 3.5 of 4."""
     assert win_shares([1.0, 2.0], [1.0, 0.0]) == (0.875, 0.25)
     assert win_shares([0.0], [1.0]) == (0.0, 0.0)
+    assert win_shares([1.0], [1.0 + 1e-7]) == (0.5, 1.0), "the same text in another batch"
 
 
 def test_comparison_by_hand_and_its_interval_resamples_prompts():
@@ -108,6 +110,13 @@ def test_kl_estimates_agree_with_the_exact_kl(home: Path, tmp_path: Path):
     assert expected > 0.2
     assert found["kl_k3_nats"] == pytest.approx(expected, rel=0.05)
     assert found["kl_k1_nats"] == pytest.approx(expected, rel=0.1)
+
+
+def test_where_the_models_lie_changes_nothing(home: Path, tmp_path: Path):
+    shutil.copytree(home, tmp_path / "elsewhere")
+    inputs = {"model": "far", "baseline": "policy", "reward_model": "reward"}
+    here, there = (metrics_of(make(tmp_path / folder.name / "run", folder, inputs)) for folder in (home, tmp_path / "elsewhere"))
+    assert here == there
 
 
 def test_the_better_policy_wins_and_the_table_shows_why(home: Path, tmp_path: Path):
