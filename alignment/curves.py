@@ -153,16 +153,16 @@ def tick_labels(marks: Sequence[float]) -> list[str]:
     return [f"{mark:,.{max(0, -math.floor(math.log10(step)))}f}" for mark in marks]
 
 
-def figures_of(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) for people: `x_low` and `x_high` stand behind their x as its interval, and where a run began comes last."""
+def figures_of(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, interval) for people: `x_low` and `x_high` stand behind their x, and where a run began comes last."""
     plain = numbers(metrics)
     figures = []
     for name in sorted(plain, key=lambda name: (name.startswith("start_"), name)):
         if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in plain:
             continue
         low, high = plain.get(f"{name}_low"), plain.get(f"{name}_high")
-        interval = f" ({shown(low)} to {shown(high)})" if low is not None and high is not None else ""
-        figures.append((name.replace("_", " "), shown(plain[name]) + interval))
+        interval = f"({shown(low)} to {shown(high)})" if low is not None and high is not None else ""
+        figures.append((name.replace("_", " "), shown(plain[name]), interval))
     return figures
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alignment.curves import figures_of
 from alignment.models import Job
 from alignment.progress import duration
 
@@ -15,6 +16,11 @@ def as_text(table: Table, width: int = 120) -> str:
     stream = io.StringIO()
     Console(file=stream, width=width, highlight=False).print(table)
     return stream.getvalue().rstrip()
+
+
+def figure_lines(metrics: dict[str, Any]) -> list[str]:
+    """A figure a line, each with its interval behind it."""
+    return [f"  {name:<44} {value} {interval}".rstrip() for name, value, interval in figures_of(metrics)]
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:

@@ -184,4 +184,4 @@ def test_each_method_explains_its_options_in_its_help(method, capsys):
     text = capsys.readouterr().out
     assert "exit status:" in text
     for name in options_check(method, {}):
-        assert f"{name}=" in text
+        assert f"  {name} = " in text

@@ -186,4 +186,4 @@ def test_labels_of_ticks_tell_neighbours_apart():
 
 def test_an_interval_stands_behind_its_figure():
     told = figures_of({"accuracy": 0.71, "accuracy_low": 0.68, "accuracy_high": 0.74, "start_reward": 1.0, "text": "x"})
-    assert told == [("accuracy", "0.71 (0.68 to 0.74)"), ("start reward", "1")]
+    assert told == [("accuracy", "0.71", "(0.68 to 0.74)"), ("start reward", "1", "")]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import textwrap
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -25,7 +24,7 @@ from alignment.requests import Asked, job_request, round_request
 from alignment.selectors import align_command, job_summary, round_summary
 from alignment.services.jobs import JobRequest, job_check, job_create
 from alignment.services.rounds import POLICY_METHODS, round_check, round_create
-from alignment.tables import round_table
+from alignment.tables import figure_lines, round_table
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 from training.errors import InputError
@@ -143,8 +142,8 @@ class Command(BaseCommand):
 
     def _tell(self, job: Job) -> None:
         self.stdout.write(f"{job.name}: {job.state}")
-        for name, value in sorted(job.metrics.items()):
-            self.stdout.write(f"  {name:<32} {value:.6g}")
+        for line in figure_lines(job.metrics):
+            self.stdout.write(line)
         if job.error:
             self.stdout.write(f"  {job.error} {job.remedy}".rstrip())
         if job.state in (Job.State.STOPPED, Job.State.CANCELLED):
@@ -241,16 +240,11 @@ def _options_text(method: Method) -> str:
     except InputError:
         known = {one.name: "(must be given)" for one in fields(options_class(method.name))}
     hints = get_type_hints(options_class(method.name))
-    words = []
+    lines = ["options for --set and --config, with their defaults:"]
     for name, value in sorted(known.items()):
         choices = [one for one in get_args(hints[name]) if isinstance(one, str) and one != value]
-        words.append(f"{name}={json.dumps(value)}" + (f" (or {', '.join(map(json.dumps, choices))})" if choices else ""))
-    text = _filled("options for --set and --config, with their defaults: " + "  ".join(words))
-    if method.name != "dpo":
-        return text
-    width = max(map(len, LOSS_KINDS))
-    return "\n".join([text, "", "losses:", *(f"  {kind.name:<{width}}  {kind.source}" for kind in LOSS_KINDS.values())])
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        lines.append(f"  {name} = {json.dumps(value)}" + (f"   or {', '.join(map(json.dumps, choices))}" if choices else ""))
+    if method.name == "dpo":
+        width = max(map(len, LOSS_KINDS))
+        lines += ["", "losses:", *(f"  {kind.name:<{width}}  {kind.source}" for kind in LOSS_KINDS.values())]
+    return "\n".join(lines)

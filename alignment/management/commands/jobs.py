@@ -26,7 +26,7 @@ from alignment.selectors import (
     samples_of,
 )
 from alignment.services.jobs import job_cancel, job_resume, job_retry
-from alignment.tables import jobs_table
+from alignment.tables import figure_lines, jobs_table
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 
@@ -103,7 +103,7 @@ class Command(BaseCommand):
             "options: " + (json.dumps(job.options) if job.options else "all defaults"),
             f"seed {job.seed}, {job.processes} process(es)",
         ]
-        lines += [f"  {name:<34} {value:.6g}" for name, value in sorted(job.metrics.items())]
+        lines += figure_lines(job.metrics)
         events = events_of(job=job)
         for entry in ledger_of(counts_in(events)):
             which = f"  first: {', '.join(entry.keys[:NAMED_KEYS])}" if entry.keys else ""
