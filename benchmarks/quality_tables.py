@@ -49,17 +49,13 @@ def against_base(variants: dict[str, Any], base: str) -> Iterator[str]:
 
 def overfitting(variants: dict[str, Any]) -> Iterator[str]:
     """Training beside held-out rankings at the end, in accuracy of single raters' pairs and log-loss as the model says it."""
-    yield from heading(
-        ["", "accuracy, training", "held-out", "log-loss, training", "held-out", "held-out loss after each epoch", "seconds"]
-    )
+    yield from heading(["", "accuracy, training", "held-out", "log-loss, training", "held-out", "held-out loss after each epoch"])
     for told in variants.values():
         seeds = list(told["seeds"].values())
         training = [mean([one["train"][name] for one in seeds]) for name in ("accuracy", "log_loss")]
         held_out = [f"{told['figures'][name]['value']:.3f}" for name in ("accuracy", "log_loss")]
         epochs = [mean([step["log_loss"] for step in steps]) for steps in zip(*(one["epochs"] for one in seeds), strict=True)]
-        # Seconds are told where every epoch ends in the same evaluation.
-        told_epochs = [", ".join(epochs), f"{np.mean([one['seconds'] for one in seeds]):.0f}"] if len(epochs) > 1 else ["", ""]
-        yield row([told["label"], training[0], held_out[0], training[1], held_out[1], *told_epochs])
+        yield row([told["label"], training[0], held_out[0], training[1], held_out[1], ", ".join(epochs) if len(epochs) > 1 else ""])
 
 
 def curve(told: dict[str, Any] | None) -> list[str]:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 START = replace(MADE[0], rankings=4, steps=3)
 SERIES = {
-    "completions": ("completions of a prompt, K", (2, 3, 4, 6, 9), (2, 4, 6)),
-    "prompt_tokens": ("tokens of the prompt, P", (16, 96, 256, 512), (16, 96, 256)),
-    "completion_tokens": ("tokens of a completion, R", (16, 64, 128, 256), (16, 64, 128)),
-    "rankings": ("rankings in a step", (2, 4, 8, 16), (2, 4, 8)),
+    "completions": ("completions of a prompt, K", (2, 4, 6, 9), (2, 4, 6)),
+    "prompt_tokens": ("tokens of the prompt, P", (16, 128, 512), (16, 128)),
+    "completion_tokens": ("tokens of a completion, R", (16, 64, 256), (16, 64)),
+    "rankings": ("rankings in a step", (2, 4, 16), (2, 4)),
 }
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 380, 250, 54
 STYLE = """
@@ -54,11 +54,8 @@ def grow(stand: "Stand", figure: Path, *, small: bool, threads: int) -> list[dic
             for side, points, wanted in (("ours", panel.ours, values), ("trl", panel.trl, trl_values)):
                 if value in wanted:
                     points.append((value, step_seconds(row, [stand.run(row, folder, side) for _ in range(stand.repeats)])))
-            print(
-                row.name,
-                {side: f"{points[-1][1]:.3f} s" for side, points in (("ours", panel.ours), ("trl", panel.trl)) if points},
-                flush=True,
-            )
+            found = (("ours", panel.ours), ("trl", panel.trl))
+            print(row.name, {side: f"{dict(points)[value]:.3f} s" for side, points in found if value in dict(points)}, flush=True)
         panels.append(panel)
     figure.parent.mkdir(parents=True, exist_ok=True)
     figure.write_text(drawing(panels, START), encoding="utf-8")
