@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.rank_data import DATA, MADE, Row, Size, tiny
-from benchmarks.rank_native import HEADER, SideFailed, Stand, line, measure
+from benchmarks.rank_native import HEADER, line, measure
+from benchmarks.rank_stand import SideFailed, Stand
 
 SIZES = {
     "0.5b": Size(layers=24, width=896, inner=4864, heads=14, key_value_heads=2, vocabulary=151_936),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HOUSE = Path(__file__).resolve().parent.parent
@@ -64,6 +65,10 @@ class Row:
     def read(cls, folder: Path) -> "Row":
         values = json.loads((folder / "row.json").read_text(encoding="utf-8"))
         return cls(**{**values, "size": Size(**values["size"])})
+
+    def step_seconds(self, results: list[dict[str, Any]]) -> float:
+        """Median over repeats of a side of the median step, the first ones left out."""
+        return median(median(result["seconds"][self.warmup_steps :]) for result in results)
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

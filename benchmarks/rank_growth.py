@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.rank_data import MADE, Row, tiny
-
-if TYPE_CHECKING:
-    from benchmarks.rank_native import Stand
+from benchmarks.rank_stand import Stand
 
 START = replace(MADE[0], rankings=4, steps=3)
 SERIES = {
@@ -40,10 +38,8 @@ class Panel:
     trl: list[tuple[float, float]] = field(default_factory=list)
 
 
-def grow(stand: "Stand", figure: Path, *, small: bool, threads: int) -> list[dict[str, Any]]:
+def grow(stand: Stand, figure: Path, *, small: bool, threads: int) -> list[dict[str, Any]]:
     """Measure every point of a reward model's training (Rankloop's all, TRL's smaller ones), draw, and return the numbers."""
-    from benchmarks.rank_native import step_seconds
-
     panels = []
     for quantity, (label, values, trl_values) in SERIES.items():
         panel = Panel(quantity, label)
@@ -53,7 +49,7 @@ def grow(stand: "Stand", figure: Path, *, small: bool, threads: int) -> list[dic
             folder = stand.prepare(row)
             for side, points, wanted in (("ours", panel.ours, values), ("trl", panel.trl, trl_values)):
                 if value in wanted:
-                    points.append((value, step_seconds(row, [stand.run(row, folder, side) for _ in range(stand.repeats)])))
+                    points.append((value, row.step_seconds([stand.run(row, folder, side) for _ in range(stand.repeats)])))
             found = (("ours", panel.ours), ("trl", panel.trl))
             print(row.name, {side: f"{dict(points)[value]:.3f} s" for side, points in found if value in dict(points)}, flush=True)
         panels.append(panel)

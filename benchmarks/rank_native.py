@@ -15,71 +15,22 @@ memory_ratio = Rankloop's peak resident memory / TRL's, of the whole processes; 
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.rank_data import DATA, HOUSE, HUMAN, MADE, Row, tiny
+from benchmarks.rank_growth import grow
+from benchmarks.rank_stand import Result, SideFailed, Stand
 
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 MOVED = {"float32": 1e-3, "bfloat16": math.inf}  # Adam makes a full step of a gradient that bfloat16 has rounded away
 FIGURE = HOUSE / "docs" / "figures" / "rank_native_growth.svg"
-Result = dict[str, Any]
-
-
-class SideFailed(RuntimeError):
-    """A side's process ended badly: most often it was too much for the memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stand:
-    """Where files go, where human rankings are, and how often each side runs."""
-
-    folder: Path
-    data: Path
-    repeats: int
-    variants: bool = True
-
-    def prepare(self, row: Row) -> Path:
-        folder = self.folder / row.name
-        row.write(folder)
-        self._python("benchmarks.rank_data", str(folder), str(self.data), row=row)
-        return folder
-
-    def run(self, row: Row, folder: Path, side: str) -> Result:
-        """One process of one side."""
-        file = folder / f"{side}.json"
-        self._python("benchmarks.rank_sides", str(folder), side, str(file), row=row)
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def _python(self, module: str, *words: str, row: Row) -> None:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-        if row.device == "cpu":
-            offline["CUDA_VISIBLE_DEVICES"] = ""
-        offline["RANKLOOP_CACHE"] = str(self.folder / "cache" / uuid.uuid4().hex)  # no run finds what another one computed
-        environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(row.threads), "MKL_NUM_THREADS": str(row.threads)}
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words], cwd=HOUSE, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(
-                f"python -m {module} {' '.join(words)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-
-
-def step_seconds(row: Row, results: list[Result]) -> float:
-    """Median over repeats of the median step, the first ones left out."""
-    return median(median(result["seconds"][row.warmup_steps :]) for result in results)
 
 
 def reference_seconds(row: Row, results: list[Result]) -> float:
@@ -118,7 +69,7 @@ def measure(row: Row, stand: Stand) -> Result:
         for side, done in results.items():
             done.append(stand.run(row, folder, side))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    ours, trl = (step_seconds(row, results[side]) for side in ("ours", "trl"))
+    ours, trl = (row.step_seconds(results[side]) for side in ("ours", "trl"))
     reference = reference_seconds(row, results["ours"])
     peaks = {side: median(result["peak_bytes"] for result in done) for side, done in results.items()}
     grown = {side: median(result["peak_bytes"] - result["start_bytes"] for result in done) for side, done in results.items()}
@@ -146,7 +97,7 @@ def measure(row: Row, stand: Stand) -> Result:
             f"peak_bytes_{side}": peaks[side],
             f"positions_per_step_{side}": positions,
             f"padded_or_repeated_share_{side}": 1 - distinct / positions,
-            f"median_step_of_each_repeat_{side}": [step_seconds(row, [result]) for result in results[side]],
+            f"median_step_of_each_repeat_{side}": [row.step_seconds([result]) for result in results[side]],
         }
     return {**report, **(variants(row, stand, folder, ours + reference) if stand.variants else {})}
 
@@ -156,7 +107,7 @@ def variants(row: Row, stand: Stand, folder: Path, ours: float) -> Result:
     report = {}
     for side in ("trl-accumulated", *(("trl-precomputed",) if row.method == "dpo" else ())):
         done = [stand.run(row, folder, side)]
-        seconds = step_seconds(row, done) + reference_seconds(row, done)
+        seconds = row.step_seconds(done) + reference_seconds(row, done)
         name = side.replace("-", "_")
         report |= {f"ratio_{name}": seconds / ours, f"peak_bytes_{name}": done[0]["peak_bytes"]}
     return report
@@ -198,8 +149,6 @@ def main(words: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="rank-native-") as name:
         stand = Stand(Path(name), given.data.resolve(), 1 if given.quick else given.repeats, not given.quick)
         if given.growth:
-            from benchmarks.rank_growth import grow
-
             report["growth"] = grow(stand, given.figure, small=given.tiny, threads=given.threads)
             rows = rows if given.rows else []
         print(HEADER if rows else "", flush=True)
@@ -221,4 +170,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except SideFailed as error:
+        raise SystemExit(str(error)) from error

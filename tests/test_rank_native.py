@@ -10,6 +10,7 @@ from benchmarks.gpu_check import attention_flops
 from benchmarks.rank_data import MADE, Row, tiny
 from benchmarks.rank_growth import Panel, drawing
 from benchmarks.rank_native import main
+from benchmarks.rank_stand import SideFailed, Stand
 
 pytestmark = pytest.mark.training
 
@@ -40,6 +41,11 @@ def test_a_row_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     row = tiny(MADE[2])
     row.write(tmp_path)
     assert Row.read(tmp_path) == row
+
+
+def test_a_side_that_cannot_run_is_told_apart_from_one_that_is_slow(tmp_path: Path) -> None:
+    with pytest.raises(SideFailed, match=r"rank_sides .* ended with 1"):
+        Stand(tmp_path, tmp_path, 1).run(tiny(MADE[0]), tmp_path / "nowhere", "ours")
 
 
 def test_the_figure_is_well_formed_and_holds_every_point() -> None:
