@@ -266,11 +266,13 @@ def test_buckets_hold_every_token_once():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("family", PACKING)
-def test_on_a_gpu_in_bfloat16_rows_alone_and_shared_agree(family, tmp_path):
-    """FlexAttention in bfloat16 against the same model's padded rows in bfloat16: equal to bfloat16's precision, and to 1e-4 in float32."""
-    model = load_policy(ALL_FAMILIES[family](tmp_path / "m", seed=3), device="cuda")
-    rows, device = rankings(seed=2), torch.device("cuda")
+def test_on_a_gpu_in_bfloat16_rows_alone_and_shared_agree(family, checkpointing, tmp_path):
+    """FlexAttention against the same model's padded rows, in values and gradients: equal to 1e-4 in float32, and to its precision in
+    bfloat16. Packed rows are longer than one block of FlexAttention (128)."""
+    model = load_policy(ALL_FAMILIES[family](tmp_path / "m", seed=3), device="cuda", gradient_checkpointing=checkpointing)
+    rows, device = rankings(prompts=12, seed=2), torch.device("cuda")
     assert packs_rows(model.base_model), unpacked_reason(model.base_model)
     exact = row_logps(model, rows, 1, device=device, budget=400)
     with pytest.MonkeyPatch.context() as patch:
@@ -280,3 +282,8 @@ def test_on_a_gpu_in_bfloat16_rows_alone_and_shared_agree(family, tmp_path):
     with torch.autocast("cuda", torch.bfloat16):
         rough = row_logps(model, rows, 1, device=device, budget=400)
     torch.testing.assert_close(rough, alone, atol=0.5, rtol=0.02)
+    expected = gradients(model, alone)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for value, allowed in ((exact, 1e-3), (rough, 5e-2)):
+        for name, gradient in gradients(model, value).items():
+            assert float((gradient - expected[name]).abs().max()) <= allowed * scale, name
