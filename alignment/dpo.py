@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.kl import STREAM, own_kl
 from alignment.loss_kinds import LOSS_KINDS
 from alignment.losses import Compared, preference_losses, rewards
 from alignment.mismatched import Mismatched
@@ -16,12 +17,13 @@ from alignment.options import DPOOptions
 from alignment.preference_metrics import ChosenWatch, blur, preference_sums
 from alignment.preferences import compare, target
 from alignment.reference_logps import Reference, reference_logps
+from alignment.rollout import Sampling
 from rewardmodel.accuracy import Judged, accuracy
 from rewardmodel.raters import rater_weights, reweighted
 from rewardmodel.train import read_items
 from training.encode import Encoder
 from training.errors import InputError
-from training.language_model import Lora, load_policy
+from training.language_model import Lora, is_adapted, load_policy
 from training.loop import Training, plan, train
 from training.objective import PROBED_ROWS
 from training.options import parse_options
@@ -47,7 +49,7 @@ def run(run_directory: RunDirectory) -> None:
         gradient_checkpointing=options.gradient_checkpointing,
         seed=run_directory.seed,
     )
-    objective = Preferences(model, encoder, processes, options, items=items)
+    objective = Preferences(model, encoder, processes, options, items=items, run=run_directory)
     objective.keep_to_whole_steps(seed=run_directory.seed)
     reference = inputs.get("reference")
     source = Reference(
@@ -65,9 +67,18 @@ class Preferences:
     """The preference objective: mean over rankings of what `options.loss` makes of a ranking."""
 
     def __init__(
-        self, model: Any, encoder: Encoder, processes: Processes, options: DPOOptions, *, items: dict[str, list[EncodedRanking]]
+        self,
+        model: Any,
+        encoder: Encoder,
+        processes: Processes,
+        options: DPOOptions,
+        *,
+        items: dict[str, list[EncodedRanking]],
+        run: RunDirectory,
     ) -> None:
         self.model = model
+        self.run = run
+        self.encoder = encoder
         self.pad_id = encoder.pad_id
         self.processes = processes
         self.options = options
@@ -156,7 +167,7 @@ class Preferences:
         """On held-out rankings: loss, implicit-reward accuracy with its 95 % interval (bootstrap over prompts), log-ratios.
 
         `reference_above_policy_nats` is the mean of log reference - log policy over completions: KL(reference || policy) of a whole
-        completion only as far as the reference wrote them. KL(policy || reference) needs samples of the policy: see `evaluate`.
+        completion only as far as the reference wrote them. KL(policy || reference) needs samples of the policy: `evaluate_at_end`.
         """
         weight = sum(one.weight for one in self.held_out_targets)
         if not weight:
@@ -188,6 +199,25 @@ class Preferences:
         if share is None:
             return {}
         return {"accuracy": share.share, "accuracy_low": share.low, "accuracy_high": share.high, "pairs": share.pairs}
+
+    def evaluate_at_end(self) -> dict[str, float]:
+        """KL(policy || reference) on the policy's own answers to held-out prompts."""
+        prompts = list({item.digest: item.prompt_ids for item in self.held_out}.values())[: self.options.kl_prompts]
+        if not prompts:
+            return {}
+        most = self.encoder.max_positions
+        room = self.options.max_completion_tokens if most is None else most - max(map(len, prompts))
+        sampling = Sampling(max(1, min(room, self.options.max_completion_tokens)), seed=self.run.seed, step=STREAM)
+        try:
+            frozen = None if is_adapted(self.model) and not self.run.inputs.get("reference") else self._load_reference()
+            return own_kl(self.model, frozen, self.encoder, prompts, sampling=sampling, budget=self.budget, processes=self.processes)
+        except InputError as error:
+            self.run.event("warning", text=f"the KL to the reference was not measured: {error}")
+            return {}
+
+    def _load_reference(self) -> Any:
+        name = self.run.inputs.get("reference") or self.run.inputs["model"]
+        return _load_reference(name, self.encoder, self.processes)
 
     def notes(self) -> dict[str, Any]:
         return {}

@@ -45,6 +45,7 @@ class DPOOptions(TrainingOptions):
     simpo_gamma: float = 0.5
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0
+    kl_prompts: int = 64  # held-out prompts that the trained policy answers once, to measure its KL to the reference; 0: not measured
 
     @property
     def nll_weight(self) -> float:
@@ -56,6 +57,7 @@ class DPOOptions(TrainingOptions):
         hint = f" Did you mean {near[0]!r}?" if near else ""
         require(self.loss in LOSS_KINDS, f"there is no loss {self.loss!r}.{hint} Known: {', '.join(LOSS_KINDS)}.")
         require(self.batch_rankings >= 1, "batch_rankings must be at least 1.")
+        require(self.kl_prompts >= 0, "kl_prompts must not be negative.")
         for name in ("beta", "discopop_tau"):
             require(getattr(self, name) > 0, f"{name} must be positive.")
         for name in ("strength_margin", "nll_weight", "desirable_weight", "undesirable_weight"):

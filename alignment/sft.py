@@ -84,6 +84,9 @@ class Demonstrations:
         logps = measured(self.held_out, self.processes, self._logps)
         return {"held_out_loss": float(-logps.double().sum() / tokens), "held_out_tokens": float(tokens)}
 
+    def evaluate_at_end(self) -> dict[str, float]:
+        return {}
+
     def notes(self) -> dict[str, Any]:
         return {}
 

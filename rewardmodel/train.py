@@ -212,6 +212,9 @@ class Scores:
         with torch.no_grad():
             return self.likelihood.log_odds(torch.from_numpy(differences).to(self.processes.device)).cpu().numpy()
 
+    def evaluate_at_end(self) -> dict[str, float]:
+        return {}
+
     def notes(self) -> dict[str, Any]:
         notes = RewardNotes(
             **self.normalisation,

@@ -23,7 +23,7 @@ DJANGO_FAMILY = {"django", "rest_framework", "channels", "unfold", "allauth", "c
 # In alignment both halves live side by side; a new file says here which half it belongs to.
 ALIGNMENT_ML = {
     *("__main__", "fan_out", "options", "methods", "sft", "dpo", "losses"),
-    *("loss_kinds", "pair_losses", "transport", "preferences", "preference_metrics", "mismatched", "reference_logps"),
+    *("loss_kinds", "pair_losses", "transport", "preferences", "preference_metrics", "mismatched", "reference_logps", "kl"),
     *("ppo", "ppo_losses", "ppo_models", "ppo_samples", "ppo_update", "advantages", "experience"),
     *("rollout", "answers", "candidates", "prompts", "generate", "evaluate"),
 }

@@ -201,11 +201,11 @@ class Loop:
     def finish(self) -> dict[str, float]:
         """Evaluate, save the model, prove that it is the trained one, and, last, say that it went well."""
         training, run, optimiser = self.training, self.training.run, self.optimiser
-        metrics = training.objective.evaluate()
+        optimiser.adamw.state.clear()  # its memory is what a reference, or the saved model, is loaded into
+        metrics = {**training.objective.evaluate(), **training.objective.evaluate_at_end()}
         run.event("evaluation", step=self.progress.steps, metrics=metrics)
         counted = {"skipped_steps": optimiser.skipped, "out_of_memory": self.gradients.out_of_memory}
         metrics = {**metrics, "steps": self.progress.steps, "tokens": self.progress.tokens, **counted}
-        optimiser.adamw.state.clear()  # its memory is what the saved model is loaded into
         refusal = self._save_model() if training.processes.is_main else None
         if (told := training.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save(self.progress.steps)

@@ -47,6 +47,9 @@ class Objective(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out items; the same on every process."""
 
+    def evaluate_at_end(self) -> dict[str, float]:
+        """More metrics, measured once, when training is over and the optimiser's memory is free; the same on every process."""
+
     def notes(self) -> dict[str, Any]:
         """JSON files that belong beside the model."""
 
