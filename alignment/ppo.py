@@ -12,7 +12,11 @@ Huang et al. 2024, arXiv:2403.17031 (the details that matter).
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from alignment.experience import Experience, Targets, experience_metrics, explained_variance, targets
 from alignment.options import PPOOptions
@@ -21,6 +25,7 @@ from alignment.ppo_models import Actors, load_actors
 from alignment.ppo_samples import SampleFile
 from alignment.ppo_update import Updates
 from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
+from training.artefact import save_verified
 from training.checkpoint import (
     State,
     load_optimiser_state,
@@ -34,11 +39,13 @@ from training.checkpoint import (
 )
 from training.encode import Encoder
 from training.errors import Stopped, TrainingFailed
-from training.language_model import save_model
+from training.language_model import load_policy, save_model
+from training.objective import PROBED_ROWS
 from training.options import parse_options
-from training.pack import epoch_order
+from training.pack import Row, epoch_order
 from training.processes import Processes
 from training.progress import Progress, stop_requested
+from training.row_logps import row_logps
 from training.rundir import RunDirectory, file_digest
 
 # Evaluations draw the same uniform numbers each time, apart from those of every step: what differs between two of them is the policy.
@@ -132,7 +139,7 @@ class PPO:
             self.start_metrics = self.evaluate(0)
         self.progress.mark(first)
         saved_at = time.monotonic()
-        metrics = self.start_metrics
+        metrics = self.evaluate(first) if first == self.steps else self.start_metrics
         for step in range(first, self.steps):
             self.step(step)
             done = step + 1
@@ -258,6 +265,17 @@ class PPO:
         self.run.event("resume", step=step)
         return step
 
+    def load(self, folder: Path, device: torch.device) -> Any:
+        return load_policy(folder, device=device)
+
+    def probe(self, model: Any) -> Tensor:
+        """Log-probabilities of the second halves of a few prompts."""
+        halves = [(prompt.prompt_ids, max(1, len(prompt.prompt_ids) // 2)) for prompt in self.watched[:PROBED_ROWS]]
+        rows = [Row(ids[:half], ids[half:]) for ids, half in halves]
+        with torch.no_grad():
+            budget = self.options.tokens_per_micro_batch
+            return row_logps(model, rows, self.actors.encoder.pad_id, device=next(model.parameters()).device, budget=budget)
+
     def finish(self, metrics: dict[str, float], counts: dict[str, Any]) -> dict[str, float]:
         """Save both models and, last, say that it went well."""
         metrics = {
@@ -269,9 +287,16 @@ class PPO:
             "kl_coefficient": self.kl_coefficient,
             "skipped_steps": float(self.updates.skipped),
         }
+        actors, verify = self.actors, self.options.verify_saved
+        refusal = (
+            save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
+        )
+        if (told := self.processes.gather(refusal)[0]) is not None:  # every process ends alike
+            self.save_checkpoint(self.steps)
+            error, remedy = told
+            raise TrainingFailed(error, remedy=remedy)
         if self.processes.is_main:
             value_folder = self.run.path / "value_model"
-            save_model(self.actors.policy, self.actors.encoder, self.run.model_folder)
             save_model(self.actors.value, self.actors.encoder, value_folder, notes=self.actors.value_files())
             artefacts = {
                 "model": str(self.run.model_folder),

@@ -1,12 +1,11 @@
 """The one loop that SFT, the reward model and DPO share: batches, steps, events, evaluation, checkpoints, and the end."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.artefact import refused_folder, verify_saved
+from training.artefact import save_verified
 from training.checkpoint import (
     State,
     load_optimiser_state,
@@ -21,7 +20,7 @@ from training.checkpoint import (
 from training.encode import Encoder
 from training.errors import InputError, Stopped, TrainingFailed
 from training.gradients import Gradients
-from training.language_model import save_model, unwrap
+from training.language_model import unwrap
 from training.objective import Objective
 from training.optimiser import Optimiser, Update
 from training.options import TrainingOptions
@@ -206,7 +205,7 @@ class Loop:
         run.event("evaluation", step=self.progress.steps, metrics=metrics)
         counted = {"skipped_steps": optimiser.skipped, "out_of_memory": self.gradients.out_of_memory}
         metrics = {**metrics, "steps": self.progress.steps, "tokens": self.progress.tokens, **counted}
-        refusal = self._save_model() if training.processes.is_main else None
+        refusal = self._saved() if training.processes.is_main else None
         if (told := training.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save(self.progress.steps)
             error, remedy = told
@@ -219,17 +218,13 @@ class Loop:
         training.processes.barrier()
         return metrics
 
-    def _save_model(self) -> tuple[str, str] | None:
-        """Write `model/`; what is wrong with it and the remedy, if it is not the trained model: then it stands in `model.refused/`."""
-        training, folder = self.training, self.training.run.model_folder
-        save_model(training.model, training.encoder, folder, notes=training.objective.notes())
-        if not training.options.verify_saved:
-            return None
-        try:
-            verify_saved(training.objective, training.model, folder, device=training.processes.device)
-        except (TrainingFailed, InputError) as error:
-            refused = refused_folder(folder)
-            shutil.rmtree(refused, ignore_errors=True)
-            folder.rename(refused)
-            return f"{error} It stands in {refused}.", error.remedy
-        return None
+    def _saved(self) -> tuple[str, str] | None:
+        training = self.training
+        return save_verified(
+            training.objective,
+            training.model,
+            training.encoder,
+            training.run.model_folder,
+            notes=training.objective.notes(),
+            verify=training.options.verify_saved,
+        )

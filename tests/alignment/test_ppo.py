@@ -14,8 +14,8 @@ from alignment.ppo_losses import kl_k1, policy_terms, value_terms
 from alignment.ppo_models import load_actors
 from alignment.ppo_update import Updates, minibatch_order
 from alignment.rollout import Sampling, draw_tokens
-from tests.alignment.letters import make_encoder, ppo_run, write_models, write_prompts
-from training.errors import InputError
+from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
+from training.errors import InputError, TrainingFailed
 from training.language_model import save_model
 from training.options import OptionError, parse_options
 from training.pack import Row, pad_rows
@@ -229,6 +229,24 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(home: Path, tmp_path: 
     _, more = setting.updates.update(setting.experience, setting.aims, 0)
     assert more["skipped_now"] == 1
     assert all(torch.equal(one, other) for one, other in zip(before, setting.actors.policy.parameters(), strict=True))
+
+
+def test_a_saved_policy_that_is_not_the_trained_one_is_refused_and_nothing_is_lost(home: Path, tmp_path: Path, monkeypatch):
+    import training.artefact
+
+    real = training.artefact.save_model
+    monkeypatch.setattr(training.artefact, "save_model", lambda _model, *rest, **more: real(make_policy(9), *rest, **more))
+    run = ppo_run(tmp_path / "run", home, max_steps=2)
+    with pytest.raises(TrainingFailed, match=r"gives other scores.* It stands in .*model\.refused"):
+        ppo.run(run)
+    assert run.result() is None
+    monkeypatch.undo()
+    ppo.run(run)
+    assert [event["step"] for event in events(run, "step")] == [1, 2], "nothing was trained again"
+    alone = ppo_run(tmp_path / "alone", home, max_steps=2)
+    ppo.run(alone)
+    assert run.result()["metrics"] == alone.result()["metrics"]
+    assert run.result()["artefacts"]["weights"] == alone.result()["artefacts"]["weights"]
 
 
 def test_each_episode_is_in_one_minibatch_of_a_pass_and_each_prompt_in_each_epoch():

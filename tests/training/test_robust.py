@@ -75,17 +75,17 @@ def test_ten_such_steps_end_the_run_with_the_items_and_good_weights_in_a_checkpo
 
 def test_a_saved_model_that_is_not_the_trained_one_ends_the_run_before_its_result(parts, tmp_path, monkeypatch):
     """The head lost on the way to the disk, as LoRA loses it where nobody asks to keep it."""
-    import training.loop
+    import training.artefact
     from rewardmodel.network import load_reward_model
 
-    real = training.loop.save_model
+    real = training.artefact.save_model
 
     def without_head(model, encoder, folder, *, notes):
         other = load_reward_model(parts["model"])
         torch.nn.init.normal_(other.score.weight)
         real(other, encoder, folder, notes=notes)
 
-    monkeypatch.setattr(training.loop, "save_model", without_head)
+    monkeypatch.setattr(training.artefact, "save_model", without_head)
     run = new_run(parts, tmp_path / "run", "reward", max_steps=2)
     with pytest.raises(TrainingFailed, match=r"saved model gives other scores.* It stands in .*model\.refused"):
         METHODS["reward"](run)
@@ -96,7 +96,7 @@ def test_a_saved_model_that_is_not_the_trained_one_ends_the_run_before_its_resul
     METHODS["reward"](run)
     assert run.result()["metrics"]["steps"] == 2
     assert [event["step"] for event in events(run, "step")] == [1, 2], "nothing was trained again"
-    monkeypatch.setattr(training.loop, "save_model", without_head)
+    monkeypatch.setattr(training.artefact, "save_model", without_head)
     assert finished(parts, tmp_path / "unverified", "reward", max_steps=2, verify_saved=False).result() is not None
 
 
