@@ -2,8 +2,10 @@
 
 import resource
 import signal
+import sys
 import time
 from collections import deque
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -32,7 +34,12 @@ def memory_bytes(device: torch.device) -> int:
     """Most memory this process has used so far: of the accelerator where there is one, else of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        # Not ru_maxrss: Linux lets a new program begin with the peak of the one that started it.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Progress:
@@ -72,7 +79,7 @@ class Progress:
             steps=self.steps,
             metrics=metrics,
             tokens=round(self.tokens),
-            seconds=round(self.seconds, 3),
+            seconds=round(self.seconds, 6),
             eta_seconds=round((self.steps - step) * elapsed / max(1, step - step_then), 1),
             memory_bytes=memory_bytes(self.processes.device),
         )
