@@ -110,32 +110,36 @@ def mean_disagreement(pairs: Tensor, chosen: Sequence[int]) -> float:
     return float(among.sum() / (len(chosen) * (len(chosen) - 1)))
 
 
-def spread_report(scores: Sequence[Tensor], wins: Sequence[np.ndarray]) -> dict[str, float]:
-    """Whether spread tells where the mean is wrong.
+def spread_report(odds: Sequence[Tensor], scores: Sequence[Tensor], wins: Sequence[np.ndarray]) -> dict[str, float]:
+    """How far the members differ, and whether that tells where they are wrong.
 
-    Args:    for each held-out prompt, scores (K, M), each member normalised, and wins (K, K): how many rankings put i before j.
-    Returns: `spread`: mean standard deviation over members of a completion's score;  `accuracy_low_spread`,
-             `accuracy_high_spread`: share of preference pairs that the mean orders as people did (equal scores half), among
-             the third of the pairs whose margin has the least spread over members, and the third with the most. {} for one member or
-             fewer than three pairs.
+    Pairs are sorted by `disagreement`, not by the spread of their margin: the members' scales differ too, so that spread grows with the
+    margin, and clear pairs have most of it.
+
+    Args:    for each held-out prompt, the members' scores (K, M) as trained (differences are log-odds) and normalised by member, and
+             wins (K, K): how many rankings put i before j.
+    Returns: `spread`: mean standard deviation over members of a completion's normalised score;  `accuracy_low_disagreement`,
+             `accuracy_high_disagreement`: share of preference pairs that the members' mean orders as people did (equal scores half), among
+             the third of the pairs that they dispute least, and the third that they dispute most. {} for one member or fewer than three
+             pairs.
     """
-    spreads, right, counted = [], [], []
-    for points, won in zip(scores, wins, strict=True):
+    disputes, right, counted = [], [], []
+    for trained, points, won in zip(odds, scores, wins, strict=True):
         if points.shape[-1] == 1:
             return {}
-        margins = (points[:, None, :] - points[None, :, :]).double()
+        means = points.double().mean(-1)
         first, second = np.nonzero(won)
-        spreads.append(margins.std(-1, correction=0).numpy()[first, second])
-        right.append(((margins.mean(-1).sign() + 1) / 2).numpy()[first, second])
+        disputes.append(disagreement(trained).numpy()[first, second])
+        right.append((((means[:, None] - means[None, :]).sign() + 1) / 2).numpy()[first, second])
         counted.append(won[first, second])
-    if sum(map(len, spreads)) < 3:
+    if sum(map(len, disputes)) < 3:
         return {}
-    spread, alike, weight = (np.concatenate(parts) for parts in (spreads, right, counted))
-    order = np.argsort(spread, kind="stable")
+    dispute, alike, weight = (np.concatenate(parts) for parts in (disputes, right, counted))
+    order = np.argsort(dispute, kind="stable")
     third = len(order) // 3
     low, high = order[:third], order[-third:]
     return {
         "spread": float(torch.cat([points.std(-1, correction=0) for points in scores]).double().mean()),
-        "accuracy_low_spread": float(np.average(alike[low], weights=weight[low])),
-        "accuracy_high_spread": float(np.average(alike[high], weights=weight[high])),
+        "accuracy_low_disagreement": float(np.average(alike[low], weights=weight[low])),
+        "accuracy_high_disagreement": float(np.average(alike[high], weights=weight[high])),
     }

@@ -182,8 +182,8 @@ class Scores:
         self.report = held_out_report(self.held_out, scores, log_odds=self._log_odds, samples=samples)
         if not self.report.metrics:
             return {}
-        by_member = notes.normalise(by_member)
-        spread = spread_report([by_member[place] for place in places], [pair_counts(item.rankings, item.size) for item in self.held_out])
+        odds, normalised = ([values[place] for place in places] for values in (by_member, notes.normalise(by_member)))
+        spread = spread_report(odds, normalised, [pair_counts(item.rankings, item.size) for item in self.held_out])
         self.figures = {**self.report.metrics, **spread, **self._likelihood(points, places)}
         return self.figures
 

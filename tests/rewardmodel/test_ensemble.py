@@ -108,10 +108,16 @@ def test_a_planted_dispute_is_chosen():
 
 
 def test_spread_is_told_apart_where_it_says_when_the_mean_is_wrong():
-    """Three pairs (0 before 1 in each): margins of the members (1, 1), (2, 0), (-4, 2). Spreads of the margin 0, 1, 3; the mean orders
-    the first two rightly and the third wrongly. Spreads of scores: 0, 1 and 3 of the first completions, 0 of the second: mean 4 / 6."""
+    """Three pairs (0 before 1 in each): margins of the members (1, 1), (2, 0), (-4, 2). P differs by 0, .38 and .86; the mean orders
+    the first two rightly and the third wrongly. Spreads of scores: 0, 1 and 3 of the first completions, 0 of the second: mean 4 / 6.
+
+    A pair of margins (8, 4) has a larger spread than (2, 0), and no dispute at all: with it, the clear pair counts as clear."""
     scores = [torch.tensor([margins, [0.0, 0.0]]) for margins in ([1.0, 1.0], [2.0, 0.0], [-4.0, 2.0])]
     wins = [np.array([[0, 1], [0, 0]])] * 3
-    assert spread_report(scores, wins) == {"spread": pytest.approx(4 / 6), "accuracy_low_spread": 1.0, "accuracy_high_spread": 0.0}
-    assert spread_report(scores[:2], wins[:2]) == {}
-    assert spread_report([points[:, :1] for points in scores], wins) == {}
+    told = {"spread": pytest.approx(4 / 6), "accuracy_low_disagreement": 1.0, "accuracy_high_disagreement": 0.0}
+    assert spread_report(scores, scores, wins) == told
+    clear = [torch.tensor([[8.0, 4.0], [0.0, 0.0]]), *scores[1:]]
+    assert spread_report(clear, clear, wins)["accuracy_low_disagreement"] == 1.0
+    assert spread_report(scores[:2], scores[:2], wins[:2]) == {}
+    alone = [points[:, :1] for points in scores]
+    assert spread_report(alone, alone, wins) == {}

@@ -48,8 +48,8 @@ def test_an_ensemble_learns_and_its_report_says_what_spread_is_worth(trained):
     metrics = trained.result()["metrics"]
     assert metrics["accuracy_low"] > 0.6, metrics
     assert metrics["spread"] > 0
-    assert metrics["accuracy_low_spread"] >= metrics["accuracy_high_spread"] - 0.1
-    assert 0.5 < metrics["accuracy_low_spread"] <= 1.0
+    assert metrics["accuracy_low_disagreement"] >= metrics["accuracy_high_disagreement"] - 0.1
+    assert 0.5 < metrics["accuracy_low_disagreement"] <= 1.0
 
 
 def test_members_differ_and_each_is_normalised_by_its_own_scores(trained, data):
