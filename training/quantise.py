@@ -46,7 +46,7 @@ def _try(kind: str, device: torch.device) -> None:
 
     try:
         if kind == "8bit":
-            layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+            layer: torch.nn.Module = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
         else:
             layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
         states = torch.ones(2, 64, device=device, requires_grad=True)
