@@ -209,9 +209,10 @@ class Preferences:
         room = self.options.max_completion_tokens if most is None else most - max(map(len, prompts))
         sampling = Sampling(max(1, min(room, self.options.max_completion_tokens)), seed=self.run.seed, step=STREAM)
         try:
-            frozen = None if is_adapted(self.model) and not self.run.inputs.get("reference") else self._load_reference()
-            return own_kl(self.model, frozen, self.encoder, prompts, sampling=sampling, budget=self.budget, processes=self.processes)
-        except InputError as error:
+            adapter_off = is_adapted(self.model) and not self.run.inputs.get("reference")
+            load = (lambda: None) if adapter_off else self._load_reference
+            return own_kl(self.model, load, self.encoder, prompts, sampling=sampling, budget=self.budget, processes=self.processes)
+        except InputError as error:  # a figure that is missing must not cost the trained model
             self.run.event("warning", text=f"the KL to the reference was not measured: {error}")
             return {}
 

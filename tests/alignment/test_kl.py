@@ -10,6 +10,7 @@ from alignment.kl import own_kl
 from alignment.rollout import Sampling
 from tests.alignment.letters import make_encoder, make_policy
 from tests.training.tiny import events, llama, make_run, snapshot, start
+from training.errors import TrainingFailed
 from training.processes import Processes
 
 SAMPLING = Sampling(1, seed=4)
@@ -32,7 +33,7 @@ def finished(folder, model, data, **options):
 
 
 def kl_of(policy, frozen, prompts, sampling=SAMPLING):
-    return own_kl(policy, frozen, make_encoder(), prompts, sampling=sampling, budget=4096, processes=Processes("float32"))
+    return own_kl(policy, lambda: frozen, make_encoder(), prompts, sampling=sampling, budget=4096, processes=Processes("float32"))
 
 
 def test_it_is_the_exact_kl_within_its_interval():
@@ -65,6 +66,19 @@ def test_a_run_tells_how_far_it_went_and_that_it_has_not_moved(tmp_path, model, 
     still = finished(tmp_path / "still", model, data, max_steps=1, learning_rate=1e-12, **options).result()["metrics"]
     assert abs(still["kl_k1_nats"]) < 1e-3
     assert "kl_k1_nats" not in finished(tmp_path / "off", model, data, kl_prompts=0, **options).result()["metrics"]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), TrainingFailed("logits are not finite", remedy="")])
+def test_a_kl_that_cannot_be_measured_costs_a_warning_and_not_the_model(tmp_path, model, data, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("alignment.kl.sample_completions", fails)
+    run = finished(tmp_path / "run", model, data)
+    assert run.result() is not None
+    assert "kl_k1_nats" not in run.result()["metrics"]
+    assert any("KL to the reference was not measured" in event["text"] for event in events(run, "warning"))
 
 
 @pytest.mark.training
