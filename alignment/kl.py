@@ -62,10 +62,10 @@ def own_kl(
             with reference(policy, frozen) as model:
                 theirs = row_logps(model, rows, encoder.pad_id, device=processes.device, budget=budget)
         mine = dict(zip(places, (ours - theirs).double().tolist(), strict=True))
-    except (InputError, TrainingFailed) as error:
-        why = str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out_of_memory(error):
+    except (InputError, TrainingFailed) as known:
+        why = str(known)
+    except (RuntimeError, MemoryError) as crash:
+        if not ran_out_of_memory(crash):
             raise
         why = "memory ran out"
     parts = processes.gather((mine, why))
