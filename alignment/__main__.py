@@ -26,7 +26,7 @@ MODULES = {
     "sft": "alignment.sft",
     "reward": "rewardmodel.train",
     "dpo": "alignment.dpo",
-    "ppo": "alignment.ppo",
+    "ppo": "alignment.ppo.train",
     "generate": "alignment.generate",
     "evaluate": "alignment.evaluate",
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.prompts import EncodedPrompt
-from alignment.rollout import Sample, Sampling, sample_completions
+from alignment.rollout.built_in import sample_completions
+from alignment.rollout.sampling import Sample, Sampling
 from training.encode import Encoder
 from training.errors import Stopped
 from training.processes import Processes

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignment.answers import Policy
 from alignment.options import GenerateOptions
-from alignment.rollout import Sample
+from alignment.rollout.sampling import Sample
 from rewardmodel.ensemble import disagreement, mean_disagreement, most_disputed
 from rewardmodel.score import Scorer
 from training.processes import Processes

@@ -17,7 +17,7 @@ from alignment.options import DPOOptions
 from alignment.preference_metrics import ChosenWatch, blur, preference_sums
 from alignment.preferences import compare, target
 from alignment.reference_logps import Reference, reference_logps
-from alignment.rollout import Sampling
+from alignment.rollout.sampling import Sampling
 from rewardmodel.accuracy import Judged, accuracy
 from rewardmodel.raters import rater_weights, reweighted
 from rewardmodel.train import read_items

@@ -30,9 +30,9 @@ import torch
 
 from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_of, weights_digests
 from alignment.options import EvaluateOptions
-from alignment.ppo_losses import kl_k1, kl_k3
+from alignment.ppo.losses import kl_k1, kl_k3
 from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
-from alignment.rollout import Sample, Sampling
+from alignment.rollout.sampling import Sample, Sampling
 from rewardmodel.accuracy import clustered_interval
 from rewardmodel.score import Scorer
 from training.encode import Encoder

@@ -11,7 +11,7 @@ from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_
 from alignment.candidates import Judge, Kept
 from alignment.options import GenerateOptions
 from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
-from alignment.rollout import Sampling
+from alignment.rollout.sampling import Sampling
 from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import load_policy

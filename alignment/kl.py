@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from alignment.rollout import Sampling, sample_completions
+from alignment.rollout.built_in import sample_completions
+from alignment.rollout.sampling import Sampling
 from training.encode import Encoder
 from training.errors import InputError, TrainingFailed
 from training.gradients import ran_out_of_memory

@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
         Method(
             "ppo",
             "Learn a policy against a reward model",
-            "alignment.options:PPOOptions",
+            "alignment.ppo.options:PPOOptions",
             "prompts",
             ("model", "reward_model", "data"),
             ("reference",),

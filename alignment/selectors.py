@@ -10,10 +10,10 @@ from typing import Any
 from django.conf import settings
 from django.db.models import Count, F, QuerySet
 
+from alignment.child import child_command, gpu_count
 from alignment.curves import charts_of, figures_of, shown
 from alignment.follow import COUNTED_AS_WARNING
 from alignment.knowledge import knowledge_of, told_elsewhere
-from alignment.launch import child_command, gpu_count
 from alignment.ledgers import ledger_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts

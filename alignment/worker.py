@@ -20,8 +20,8 @@ from django.conf import settings
 from django.db import DatabaseError, OperationalError, close_old_connections
 from django.utils import timezone
 
+from alignment.child import Child, RunBusy, end_leftovers, gpu_count, start_child
 from alignment.follow import numbers, progress_of
-from alignment.launch import Child, RunBusy, end_leftovers, gpu_count, start_child
 from alignment.methods import CHILD_BAD_INPUT, CHILD_STOPPED
 from alignment.models import Job
 from alignment.selectors import inputs_resolved, jobs_lost_for_good

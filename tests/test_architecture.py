@@ -24,12 +24,11 @@ DJANGO_FAMILY = {"django", "rest_framework", "channels", "unfold", "allauth", "c
 ALIGNMENT_ML = {
     *("__main__", "fan_out", "options", "methods", "sft", "dpo", "losses"),
     *("loss_kinds", "pair_losses", "transport", "preferences", "preference_metrics", "mismatched", "reference_logps", "kl"),
-    *("ppo", "ppo_losses", "ppo_models", "ppo_samples", "ppo_update", "advantages", "experience"),
-    *("rollout", "answers", "candidates", "prompts", "generate", "evaluate"),
+    *("ppo", "rollout", "answers", "candidates", "prompts", "generate", "evaluate"),
 }
 ALIGNMENT_DJANGO = {
     *("models", "services", "selectors", "admin", "apps", "urls", "views", "curves", "tables"),
-    *("requests", "launch", "worker", "follow", "knowledge", "ledgers", "waiting", "progress"),
+    *("requests", "child", "worker", "follow", "knowledge", "ledgers", "waiting", "progress"),
 }
 FORBIDDEN_NAMES = {"utils", "common", "core", "helpers", "base"}
 

@@ -7,7 +7,7 @@ import torch
 
 import alignment.dpo
 from alignment.kl import own_kl
-from alignment.rollout import Sampling
+from alignment.rollout.sampling import Sampling
 from tests.alignment.letters import make_encoder, make_policy
 from tests.training.tiny import events, llama, make_run, snapshot, start
 from training.errors import TrainingFailed

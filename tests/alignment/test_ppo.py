@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment import ppo
-from alignment.advantages import episode_rewards, gae, whiten
-from alignment.experience import Experience, explained_variance, pack_left, targets
-from alignment.options import PPOOptions
-from alignment.ppo_losses import kl_k1, policy_terms, value_terms
-from alignment.ppo_models import load_actors
-from alignment.ppo_update import Updates, minibatch_order
-from alignment.rollout import Sampling, draw_tokens
+from alignment.ppo import train as ppo
+from alignment.ppo.actors import load_actors
+from alignment.ppo.advantages import episode_rewards, gae, whiten
+from alignment.ppo.experience import Experience, explained_variance, pack_left, targets
+from alignment.ppo.losses import kl_k1, policy_terms, value_terms
+from alignment.ppo.options import PPOOptions
+from alignment.ppo.update import Updates, minibatch_order
+from alignment.rollout.built_in import draw_tokens
+from alignment.rollout.sampling import Sampling
 from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
 from training.errors import InputError, TrainingFailed
 from training.language_model import save_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment import ppo
+from alignment.ppo import train as ppo
 from tests.alignment.letters import ppo_run, write_models, write_prompts
 from training.rundir import RunDirectory, checkpoint_folders, file_digest
 

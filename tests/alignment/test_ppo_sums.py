@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from alignment.advantages import episode_rewards, gae, masked_mean, whiten
-from alignment.ppo_losses import kl_k1, kl_k2, kl_k3, next_kl_coefficient, policy_terms, value_terms
+from alignment.ppo.advantages import episode_rewards, gae, masked_mean, whiten
+from alignment.ppo.losses import kl_k1, kl_k2, kl_k3, next_kl_coefficient, policy_terms, value_terms
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment import ppo
+from alignment.ppo import train as ppo
 from rewardmodel.score import Scorer
 from tests.alignment.letters import ppo_run, write_ensemble, write_models, write_prompts
 from tests.alignment.test_ppo import Setting

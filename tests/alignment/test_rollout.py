@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from alignment.rollout import Sample, Sampling, draw_tokens, sample_completions, uniform_numbers
+from alignment.rollout.built_in import draw_tokens, sample_completions, uniform_numbers
+from alignment.rollout.sampling import Sample, Sampling
 from tests.alignment.letters import make_policy
 from training.errors import TrainingFailed
 from training.language_model import Lora, add_lora, completion_statistics

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.launch import RunBusy, end_leftovers, holders, start_child
+from alignment.child import RunBusy, end_leftovers, holders, start_child
 from alignment.worker import WorkerSettings
 from tests.alignment.stand import BASE, Stand, stand, wait_until, write_demonstrations, write_tiny_model
 from training.rundir import RunDirectory

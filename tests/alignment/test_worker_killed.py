@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.launch import holders
+from alignment.child import holders
 from tests.alignment.stand import WORDS, Stand, stand, wait_until, write_tiny_model
 
 __all__ = ["stand"]

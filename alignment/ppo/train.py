@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.experience import Experience, Targets, experience_metrics, explained_variance, targets
-from alignment.options import PPOOptions
-from alignment.ppo_losses import next_kl_coefficient
-from alignment.ppo_models import Actors, load_actors
-from alignment.ppo_samples import SampleFile
-from alignment.ppo_update import Updates
+from alignment.ppo.actors import Actors, load_actors
+from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
+from alignment.ppo.losses import next_kl_coefficient
+from alignment.ppo.options import PPOOptions
+from alignment.ppo.samples import SampleFile
+from alignment.ppo.update import Updates
 from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
 from training.artefact import save_verified
 from training.checkpoint import (

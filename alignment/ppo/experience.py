@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from alignment.advantages import episode_rewards, gae, masked_mean, whiten
-from alignment.options import PPOOptions
-from alignment.ppo_losses import kl_k1, kl_k3
-from alignment.rollout import Sample
+from alignment.ppo.advantages import episode_rewards, gae, masked_mean, whiten
+from alignment.ppo.losses import kl_k1, kl_k3
+from alignment.ppo.options import PPOOptions
+from alignment.rollout.sampling import Sample
 from training.pack import Padded, Row, length_groups, pad_rows
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.experience import Experience, by_token, join, pack_left, padded_samples
-from alignment.options import PPOOptions
-from alignment.rollout import Sample, Sampling, sample_completions
+from alignment.ppo.experience import Experience, by_token, join, pack_left, padded_samples
+from alignment.ppo.options import PPOOptions
+from alignment.rollout.built_in import sample_completions
+from alignment.rollout.sampling import Sample, Sampling
 from rewardmodel.network import load_value_model, token_values
 from rewardmodel.score import REWARD_FILE, RewardNotes, Scorer
 from training.encode import Encoder

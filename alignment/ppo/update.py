@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alignment.experience import Experience, Targets
-from alignment.options import PPOOptions
-from alignment.ppo_losses import policy_terms, value_terms
-from alignment.ppo_models import Actors
+from alignment.ppo.actors import Actors
+from alignment.ppo.experience import Experience, Targets
+from alignment.ppo.losses import policy_terms, value_terms
+from alignment.ppo.options import PPOOptions
 from training.optimiser import Optimiser
 from training.pack import length_groups, pad_rows
 from training.processes import Sums, add_sums

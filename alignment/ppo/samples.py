@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment.answers import whole_lines
-from alignment.experience import Experience
-from alignment.ppo_losses import kl_k1, kl_k3
+from alignment.ppo.experience import Experience
+from alignment.ppo.losses import kl_k1, kl_k3
 from alignment.prompts import EncodedPrompt
 from training.encode import Encoder
 from training.rundir import RunDirectory, finite, write_atomically

@@ -1,0 +1,69 @@
+"""Options of PPO. No torch and no Django here: the command line checks them before anything starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.options import TrainingOptions, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOOptions(TrainingOptions):
+    """One step samples `prompts_per_step` x `samples_per_prompt` episodes, scores them, and passes over them `passes` times, each time in
+    `minibatches` optimiser steps. There are `max_steps` of them, or what `epochs` over the prompts hold. Rewards are in units of the
+    reward model's spread."""
+
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 4
+    passes: int = 1  # over the episodes of one step ("PPO epochs")
+    minibatches: int = 4  # optimiser steps in one pass
+
+    max_completion_tokens: int = 128  # longer completions are cut, and pay `missing_eos_penalty`
+    temperature: float = 1.0  # in sampling and in log-probabilities alike
+    top_k: int = 0  # refused: see __post_init__
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    missing_eos_penalty: float = 1.0  # taken from the score of a completion that was cut
+
+    reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, where the reward model is an ensemble
+    spread_weight: float = 1.0  # of the spread in mean_minus_spread
+
+    kl_coefficient: float = 0.05  # reward per nat of k1; the first one, where a target adapts it
+    kl_target_nats: float = 0.0  # KL of whole completions to keep to; 0: the coefficient stays fixed
+    kl_horizon_episodes: int = 10_000
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2  # 0: plain squared error
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+
+    learning_rate: float = 1e-4
+    value_learning_rate: float = 0.0  # 0: as learning_rate
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    warmup_share: float = 0.1  # without it Adam's first steps cost several nats and bring little reward
+    adam_epsilon: float = 1e-5
+    epochs: float = 1.0  # over the prompts
+
+    log_steps: int = 1
+    evaluate_steps: int = 10
+    evaluation_prompts: int = 64  # held-out ones, or of the training split where none are held out
+
+    def __post_init__(self) -> None:
+        TrainingOptions.__post_init__(self)
+        for name in ("prompts_per_step", "samples_per_prompt", "passes", "minibatches", "kl_horizon_episodes", "evaluation_prompts"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1.")
+        for name in ("missing_eos_penalty", "kl_coefficient", "kl_target_nats", "value_clip_range", "value_learning_rate", "spread_weight"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative.")
+        for name in ("temperature", "clip_range"):
+            require(getattr(self, name) > 0, f"{name} must be positive.")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1.")
+        require(
+            not self.top_k and self.top_p == 1 and self.repetition_penalty == 1,
+            "top_k, top_p and repetition_penalty are refused in training: the tokens would be drawn from another distribution than the one "
+            "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
+        )
+        require(
+            self.minibatches <= self.prompts_per_step * self.samples_per_prompt,
+            "minibatches must not exceed the episodes of a step, prompts_per_step x samples_per_prompt.",
+        )
