@@ -85,6 +85,7 @@ class Actors:
             reference_logps=reference_logps,
             values=values,
             scores=judged.of(self.options.reward_view, self.options.spread_weight),
+            means=judged.mean,
             spreads=judged.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from alignment.ppo.actors import Actors, load_actors
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
+from alignment.ppo.guards import duplicate_share
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
 from alignment.ppo.update import Updates
+from alignment.ppo.watch import STOPPED_MODEL, Watch
 from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
 from training.artefact import save_verified
 from training.checkpoint import (
@@ -56,7 +58,7 @@ def run(run_directory: RunDirectory) -> None:
     """Inputs: `model`, `reward_model`, `data` (a snapshot or a prompts file; its training split is used), and, if wanted, `reference`.
 
     Makes `model/` (the policy), `value_model/`, `samples.jsonl`, and `result.json` with the metrics of the last evaluation, those of the
-    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`.
+    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`, `alarms`, `rollbacks`.
     """
     options = parse_options(PPOOptions, run_directory.options)
     processes = Processes(options.dtype)
@@ -116,6 +118,7 @@ class PPO:
         self.updates = Updates(actors, options, steps=self.steps, seed=run_directory.seed)
         self.progress = Progress(run_directory, self.processes, steps=self.steps)
         self.samples = SampleFile(run_directory)
+        self.watch = Watch(run_directory, options, self.processes)
         self.kl_coefficient = options.kl_coefficient
         self.episodes = 0
         self.start_metrics: dict[str, float] = {}
@@ -123,7 +126,8 @@ class PPO:
     def train(self, counts: dict[str, Any]) -> dict[str, float]:
         """All steps, the evaluations, the models, `result.json`.
 
-        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite.
+        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite, or a guard
+                stops the run.
         """
         self.processes.same_start([self.actors.policy, self.actors.value])
         first = self.resume()
@@ -140,11 +144,13 @@ class PPO:
         self.progress.mark(first)
         saved_at = time.monotonic()
         metrics = self.evaluate(first) if first == self.steps else self.start_metrics
+        metrics = self.heed(first, metrics)
         for step in range(first, self.steps):
             self.step(step)
             done = step + 1
             if done == self.steps or (self.options.evaluate_steps and done % self.options.evaluate_steps == 0):
                 metrics = self.evaluate(done)
+            metrics = self.heed(done, metrics)
             due = bool(self.options.checkpoint_seconds) and time.monotonic() - saved_at >= self.options.checkpoint_seconds
             stop, due = self.processes.any(stop_requested(), due)
             every = self.options.checkpoint_steps
@@ -170,7 +176,7 @@ class PPO:
         sums, more = self.updates.update(experience, aims, step)
         ended = time.monotonic()
         self.episodes += len(experience.rows)
-        metrics = experience_metrics(experience)
+        metrics = experience_metrics(experience, options.spread_weight)
         self._warn(step, more)
         self.progress.report(
             step + 1,
@@ -191,6 +197,28 @@ class PPO:
             len(experience.rows),
             options.kl_horizon_episodes,
         )
+        self.watch.saw_step(step + 1, {**metrics, **more, "updates_now": 2.0 * self.updates.per_step})  # of policy and value model
+
+    def heed(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Do what the alarms of this step ask for.
+
+        Returns: `metrics`, or, after a rollback, those of the evaluation whose weights came back.
+        Raises:  TrainingFailed after a checkpoint where they stop the run."""
+        action = self.watch.answer(step)
+        if action == "stop":
+            self.save_checkpoint(step)
+            if self.processes.is_main:
+                save_model(self.actors.policy, self.actors.encoder, self.run.path / STOPPED_MODEL)
+            self.processes.barrier()
+            raise self.watch.error(step)
+        if action == "rollback":
+            good = self.watch.go_back(step)
+            self._load_trained(good)
+            # The larger of the two: a second rollback to one state must not come back with the coefficient of the first.
+            self.kl_coefficient = 2 * max(self.kl_coefficient, good.values["kl_coefficient"])
+            self.watch.went_back(step, self.kl_coefficient)
+            return good.values["metrics"]
+        return metrics
 
     def _step_metrics(self, experience: Experience, aims: Targets) -> dict[str, float]:
         mask = experience.mask
@@ -216,31 +244,47 @@ class PPO:
         experience, _ = self.actors.experience(
             [prompt.prompt_ids for prompt in self.watched], 1, seed=self.run.seed, step=EVALUATION_STREAM, with_values=False
         )
-        metrics = experience_metrics(experience)
+        texts = [self.actors.encoder.decode(row.completion_ids) for row in experience.rows]
+        metrics = {**experience_metrics(experience, self.options.spread_weight), "duplicate_share": duplicate_share(texts)}
         self.run.event("evaluation", step=step, metrics=metrics)
         if self.processes.is_main:
             self.samples.append(step, self.watched, experience, self.actors.encoder)
+        self.watch.saw_evaluation(step, metrics, self._trained)
         return metrics
+
+    def _trained(self) -> State:
+        """What training changes: weights, optimisers, KL coefficient."""
+        tensors = {
+            "policy": trained_tensors(self.actors.policy),
+            "value": trained_tensors(self.actors.value),
+            "policy_optimiser": optimiser_state(self.updates.policy.adamw),
+            "value_optimiser": optimiser_state(self.updates.value.adamw),
+        }
+        return State(tensors, {"kl_coefficient": self.kl_coefficient})
+
+    def _load_trained(self, state: State) -> None:
+        load_trained(self.actors.policy, state.tensors["policy"])
+        load_trained(self.actors.value, state.tensors["value"])
+        load_optimiser_state(self.updates.policy.adamw, state.tensors["policy_optimiser"])
+        load_optimiser_state(self.updates.value.adamw, state.tensors["value_optimiser"])
+        self.kl_coefficient = state.values["kl_coefficient"]
 
     def save_checkpoint(self, step: int) -> None:
         """Every process comes here; the first one writes."""
         if self.processes.is_main:
-            tensors = {
-                "policy": trained_tensors(self.actors.policy),
-                "value": trained_tensors(self.actors.value),
-                "policy_optimiser": optimiser_state(self.updates.policy.adamw),
-                "value_optimiser": optimiser_state(self.updates.value.adamw),
-                "random": random_state(),
-            }
+            trained = self._trained()
+            tensors = {**trained.tensors, "random": random_state()}
             values = {
-                "kl_coefficient": self.kl_coefficient,
+                **trained.values,
                 "episodes": self.episodes,
                 "tokens": self.progress.tokens,
                 "seconds": self.progress.seconds,
                 "start_metrics": self.start_metrics,
                 "skipped": self.updates.skipped_state(),
+                "watch": self.watch.values(),
             }
             folder = write_checkpoint(self.run.checkpoints, step, State(tensors, values), keep=self.options.keep_checkpoints)
+            self.watch.prune()
             self.run.event("checkpoint", step=step, path=str(folder))
         self.processes.barrier()
 
@@ -250,18 +294,16 @@ class PPO:
         self.processes.barrier()
         step, state = found if found else (0, State())
         if self.processes.is_main:
-            self.samples.cut(step if found else -1)
+            self.samples.cut(step - 1 if found is None or step == self.steps else step)  # what is evaluated again
         if found is None:
             return 0
-        load_trained(self.actors.policy, state.tensors["policy"])
-        load_trained(self.actors.value, state.tensors["value"])
-        load_optimiser_state(self.updates.policy.adamw, state.tensors["policy_optimiser"])
-        load_optimiser_state(self.updates.value.adamw, state.tensors["value_optimiser"])
+        self._load_trained(state)
         set_random_state(state.tensors["random"])
-        self.kl_coefficient, self.episodes = state.values["kl_coefficient"], state.values["episodes"]
+        self.episodes = state.values["episodes"]
         self.progress.tokens, self.progress.seconds_before = state.values["tokens"], state.values["seconds"]
         self.start_metrics = state.values["start_metrics"]
         self.updates.load_skipped_state(state.values["skipped"])
+        self.watch.load(state.values.get("watch"))
         self.run.event("resume", step=step)
         return step
 
@@ -286,6 +328,8 @@ class PPO:
             "tokens": self.progress.tokens,
             "kl_coefficient": self.kl_coefficient,
             "skipped_steps": float(self.updates.skipped),
+            "alarms": float(self.watch.alarms),
+            "rollbacks": float(self.watch.rollbacks),
         }
         actors, verify = self.actors, self.options.verify_saved
         refusal = (
