@@ -1,4 +1,4 @@
-"""Guards of a PPO run: what ruins a policy is seen while it happens, named, and, if wanted, stopped or taken back. Pure: numbers in, alarms out.
+"""Guards of a PPO run: what ruins a policy is seen while it happens, and named with a remedy. Pure: numbers in, alarms out.
 
 Each guard says its alarm once, and again only after it had gone away by a margin: a number that trembles around its limit is one alarm.
 What the guards remember is plain JSON and belongs into the checkpoint, so that a resumed run raises the alarms of one that never ended.
@@ -34,8 +34,8 @@ class GuardOptions(TrainingOptions):
     most_rollbacks: int = 2  # of a run; what is wrong after two doublings is not the KL coefficient, and the next alarm stops it
     # k1 of whole completions. The benchmarks' runs end at 2 and 5 nats, and choosing the best of a thousand samples costs 6.
     kl_limit_nats: float = 30.0
-    # Mean length of an evaluation against the first, either way. The benchmarks' runs change it by a tenth; a policy that has found out that
-    # length pays (arXiv:2310.03716), or that saying nothing does, goes on to the limit.
+    # Mean length of an evaluation against the first, either way. The benchmarks' runs change it by a tenth; a policy that has found out
+    # that length pays (arXiv:2310.03716), or that saying nothing does, goes on to the limit.
     length_drift_ratio: float = 3.0
     # Share of the first evaluation's entropy per token. To learn a preference is to lose some; at a fifth there is hardly a choice left.
     entropy_floor_share: float = 0.2
@@ -121,7 +121,7 @@ class Guards:
         if not self.start:
             self.start = {name: metrics[name] for name in ("length_tokens", "entropy_nats", "duplicate_share")}
         found = [
-            self._kl(step, metrics["kl_k1_nats"]),
+            self._kl(step, metrics["kl_k1_nats"], clears=False),
             self._length(step, metrics["length_tokens"]),
             self._entropy(step, metrics["entropy_nats"]),
             self._duplicates(step, metrics["duplicate_share"]),
@@ -139,7 +139,9 @@ class Guards:
             self.active.remove(alarm.name)
         return None
 
-    def _kl(self, step: int, nats: float) -> Alarm | None:
+    def _kl(self, step: int, nats: float, *, clears: bool = True) -> Alarm | None:
+        """Args:  clears: false of an evaluation. It has other prompts than the steps have: what one of the two says must not be called
+        off and said again by the other."""
         limit = self.options.kl_limit_nats
         if not limit:
             return None
@@ -149,7 +151,7 @@ class Guards:
             f"The policy is {nats:.3g} nats a completion (k1) away from its reference; kl_limit_nats is {limit:g}.",
             "Raise kl_coefficient, set kl_target_nats, or lower learning_rate. If the task needs the distance, raise kl_limit_nats.",
         )
-        return self._said(alarm, wrong=not nats <= limit, over=nats <= limit * (1 - MARGIN))  # a NaN is wrong too
+        return self._said(alarm, wrong=not nats <= limit, over=clears and nats <= limit * (1 - MARGIN))  # NaN is wrong
 
     def _skipped(self, step: int, skipped: float, updates: float) -> Alarm | None:
         self.skipped = [*self.skipped, skipped][-WINDOW_STEPS:]
@@ -159,8 +161,8 @@ class Guards:
         alarm = Alarm(
             "skipped_updates",
             step,
-            f"{sum(self.skipped):.0f} of the {WINDOW_STEPS * updates:.0f} updates that {WINDOW_STEPS} steps have were skipped lately, their "
-            f"gradients are not finite; skipped_limit_share is {limit:g}.",
+            f"{sum(self.skipped):.0f} of the {WINDOW_STEPS * updates:.0f} updates that {WINDOW_STEPS} steps have were skipped lately: "
+            f"their gradients are not finite. skipped_limit_share is {limit:g}.",
             "Lower learning_rate or max_gradient_norm, raise warmup_share, or set dtype = float32.",
         )
         return self._said(alarm, wrong=share > limit, over=share <= limit * (1 - MARGIN))
@@ -191,7 +193,8 @@ class Guards:
             step,
             f"The policy's entropy is {nats:.3g} nats a token, {first:.3g} at the first evaluation: {nats / first:.2g} of it; "
             f"entropy_floor_share is {floor:g}.",
-            "It has stopped trying different things and learns nothing more. Raise kl_coefficient or samples_per_prompt, lower learning_rate.",
+            "It has stopped trying different things and learns nothing more. Raise kl_coefficient or samples_per_prompt, or lower "
+            "learning_rate.",
         )
         return self._said(alarm, wrong=not nats >= floor * first, over=nats >= floor * (1 + MARGIN) * first)
 
@@ -203,10 +206,10 @@ class Guards:
         alarm = Alarm(
             "duplicate_outputs",
             step,
-            f"{share:.0%} of the texts equal the text of another prompt, {first:.0%} at the first evaluation: {max(0.0, lost):.0%} of those "
-            f"that were their own; duplicate_limit_share is {limit:g}.",
-            "Read the samples: one text may please the reward model whatever was asked. Raise kl_coefficient; rank such outputs and train the "
-            "reward model again.",
+            f"{share:.0%} of the texts equal the text of another prompt, {first:.0%} at the first evaluation: {max(0.0, lost):.0%} of "
+            f"those that were their own. duplicate_limit_share is {limit:g}.",
+            "Read the samples: one text may please the reward model whatever was asked. Raise kl_coefficient; rank such outputs and train "
+            "the reward model again.",
         )
         return self._said(alarm, wrong=lost > limit, over=lost <= limit * (1 - MARGIN))
 

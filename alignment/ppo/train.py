@@ -212,10 +212,10 @@ class PPO:
             self.processes.barrier()
             raise self.watch.error(step)
         if action == "rollback":
-            good = self.watch.go_back(step)
+            good, coefficient = self.watch.go_back(step), self.kl_coefficient
             self._load_trained(good)
             # The larger of the two: a second rollback to one state must not come back with the coefficient of the first.
-            self.kl_coefficient = 2 * max(self.kl_coefficient, good.values["kl_coefficient"])
+            self.kl_coefficient = 2 * max(coefficient, self.kl_coefficient)
             self.watch.went_back(step, self.kl_coefficient)
             return good.values["metrics"]
         return metrics

@@ -1,7 +1,7 @@
 """What a PPO run does about its guards' alarms: tells them, and goes on, stops, or takes the policy back to where all was well.
 
-A rollback brings back weights, optimisers, KL coefficient and the guards' memory of the last evaluation without an alarm, and doubles the KL
-coefficient. The step counter moves on, so the next prompts and random numbers are new ones: the same again would end the same way.
+A rollback brings back weights, optimisers, KL coefficient and the guards' memory of the last evaluation without an alarm, and doubles
+the KL coefficient. The step counter moves on, so the next prompts and random numbers are new ones: the same again would end the same way.
 
 That state lies in `good/`, apart from the checkpoints, of which only the newest few are kept and which may be younger than the trouble. A
 checkpoint says which good state belonged to it, and that one is kept as long as the checkpoint is: a run that was killed and
@@ -54,7 +54,7 @@ class Watch:
     def saw_evaluation(self, step: int, metrics: dict[str, float], state: Callable[[], State]) -> None:
         """Args:  state: what a rollback brings back, `kl_coefficient` among its values; asked for only where it is kept."""
         self.waiting += self.guards.check_evaluation(step, metrics)
-        if self.options.on_alarm != "rollback" or not self.guards.calm:
+        if self.options.on_alarm != "rollback" or self.waiting or not self.guards.calm:
             return
         if self.processes.is_main:
             kept = state()
@@ -86,7 +86,7 @@ class Watch:
         before = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
         return TrainingFailed(
             f"Stopped by its guards at step {step}{before}: {names}. {seen}",
-            remedy=f"{remedies} The policy as it was stands in {self.run.path / STOPPED_MODEL}; to resume this run as it is stops it again.",
+            remedy=f"{remedies} The policy as it was stands in {self.run.path / STOPPED_MODEL}; resumed as it is, the run stops again.",
         )
 
     def go_back(self, step: int) -> State:
