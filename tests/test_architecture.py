@@ -28,7 +28,7 @@ ALIGNMENT_ML = {
 }
 ALIGNMENT_DJANGO = {
     *("models", "services", "selectors", "admin", "apps", "urls", "views", "curves", "tables"),
-    *("requests", "child", "worker", "follow", "knowledge", "ledgers", "waiting", "progress"),
+    *("requests", "child", "worker", "follow", "knowledge", "ledgers", "samples", "waiting", "progress"),
 }
 FORBIDDEN_NAMES = {"utils", "common", "core", "helpers", "base"}
 
