@@ -26,6 +26,7 @@ from training.rundir import RunDirectory
 
 FEW_SAMPLES, ALL_SAMPLES = 8, 1000  # on a page
 NEWEST_STEPS = 12  # evaluations that a page offers at once; the others are folded away
+SMALL_PRINT = {"kl_k1_nats": "KL in nats (k1)", "kl_k3_nats": "KL in nats (k3)"}
 DISPUTED_FILE = "prompts_by_disagreement.jsonl"
 
 
@@ -263,7 +264,7 @@ def _sample_shown(sample: dict[str, Any]) -> dict[str, Any]:
         "question": messages[-1].get("content", "") if messages else "",
         "text": sample.get("text", ""),
         "baseline": sample.get("baseline_text"),
-        "small": {name: shown(value) if isinstance(value, float) else value for name, value in rest.items()},
+        "small": {SMALL_PRINT.get(name, name): shown(value) if isinstance(value, float) else value for name, value in rest.items()},
     }
 
 
