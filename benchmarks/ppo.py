@@ -9,8 +9,8 @@ minutes and a package index. Each side runs in processes of its own, one after t
 
 Rankloop runs in two forms: one backbone under adapters (`shared`, which `ratio` and `memory_ratio` are about) and, beside it, all weights
 of policy and value model (`classic_*`). `trl` trains all weights, as its examples do; `trl-lora` puts adapters on policy and value model.
-A row fails unless all sides generated the same number of tokens, made the same number of optimiser steps, and agree about log-probabilities,
-values and scores of given episodes under the models they start from.
+A row fails unless all sides generated the same number of tokens, made the same number of optimiser steps, and agree about
+log-probabilities, values and scores of given episodes under the models they start from.
 
 ratio = Rankloop's episodes a second / TRL's.   memory_ratio = Rankloop's peak resident memory / TRL's, of the whole processes;
 memory_ratio_grown of what came after the imports.   ppo-memory: the same peak / that of SFT with the same adapters.

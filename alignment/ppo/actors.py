@@ -127,6 +127,7 @@ class Actors:
             reference_logps=judged.reference_logps,
             values=judged.values,
             scores=seen.of(self.options.reward_view, self.options.spread_weight),
+            means=seen.mean,
             spreads=seen.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )

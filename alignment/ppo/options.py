@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from training.options import TrainingOptions, require
+from alignment.ppo.guards import GuardOptions
+from training.options import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PPOOptions(TrainingOptions):
+class PPOOptions(GuardOptions):
     """One step samples `prompts_per_step` x `samples_per_prompt` episodes, scores them, and passes over them `passes` times, each time in
     `minibatches` optimiser steps. There are `max_steps` of them, or what `epochs` over the prompts hold. Rewards are in units of the
     reward model's spread."""
@@ -60,7 +61,7 @@ class PPOOptions(TrainingOptions):
     evaluation_prompts: int = 64  # held-out ones, or of the training split where none are held out
 
     def __post_init__(self) -> None:
-        TrainingOptions.__post_init__(self)
+        GuardOptions.__post_init__(self)
         for name in (
             "prompts_per_step",
             "samples_per_prompt",
@@ -87,6 +88,9 @@ class PPOOptions(TrainingOptions):
             self.minibatches <= self.prompts_per_step * self.samples_per_prompt,
             "minibatches must not exceed the episodes of a step, prompts_per_step x samples_per_prompt.",
         )
+        if self.on_alarm == "rollback":
+            require(self.kl_coefficient > 0, "on_alarm = rollback doubles kl_coefficient, and twice 0 is 0: give one, or use stop.")
+            require(self.evaluate_steps > 0, "on_alarm = rollback goes back to the last good evaluation: set evaluate_steps, or use stop.")
 
     @property
     def has_value_model(self) -> bool:

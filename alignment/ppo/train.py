@@ -22,10 +22,12 @@ from torch import Tensor
 from alignment.ppo.actors import Actors, load_actors
 from alignment.ppo.buffer import Work, whole_work, work_from
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
+from alignment.ppo.guards import duplicate_share
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
 from alignment.ppo.update import Tally, Updates
+from alignment.ppo.watch import STOPPED_MODEL, Watch
 from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
 from training.artefact import save_verified
 from training.checkpoint import (
@@ -41,7 +43,7 @@ from training.checkpoint import (
 )
 from training.encode import Encoder
 from training.errors import Stopped, TrainingFailed
-from training.language_model import load_policy
+from training.language_model import load_policy, save_model
 from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row, epoch_order
@@ -58,7 +60,7 @@ def run(run_directory: RunDirectory) -> None:
     """Inputs: `model`, `reward_model`, `data` (a snapshot or a prompts file; its training split is used), and, if wanted, `reference`.
 
     Makes `model/` (the policy), `value_model/`, `samples.jsonl`, and `result.json` with the metrics of the last evaluation, those of the
-    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`.
+    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`, `alarms`, `rollbacks`.
     """
     options = parse_options(PPOOptions, run_directory.options)
     processes = Processes(options.dtype)
@@ -118,6 +120,7 @@ class PPO:
         self.updates = Updates(actors, options, steps=self.steps, seed=run_directory.seed)
         self.progress = Progress(run_directory, self.processes, steps=self.steps)
         self.samples = SampleFile(run_directory)
+        self.watch = Watch(run_directory, options, self.processes)
         self.kl_coefficient = options.kl_coefficient
         self.episodes = 0
         self.start_metrics: dict[str, float] = {}
@@ -127,7 +130,8 @@ class PPO:
     def train(self, counts: dict[str, Any]) -> dict[str, float]:
         """All steps, the evaluations, the models, `result.json`.
 
-        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite.
+        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite, or a guard
+                stops the run.
         """
         trained = self.actors.voices.trained
         self.processes.same_start([self.actors.policy, *(part for name, part in trained.items() if name != "policy")])
@@ -146,11 +150,13 @@ class PPO:
         self.progress.mark(first)
         self.saved_at = time.monotonic()
         metrics = self.evaluate(first) if first == self.steps else self.start_metrics
+        metrics = self.heed(first, metrics)
         for step in range(first, self.steps):
             self.step(step)
             done = step + 1
             if done == self.steps or (self.options.evaluate_steps and done % self.options.evaluate_steps == 0):
                 metrics = self.evaluate(done)
+            metrics = self.heed(done, metrics)
             if done < self.steps:
                 every = self.options.checkpoint_steps
                 self.pause(done, always=bool(every) and done % every == 0)
@@ -185,7 +191,7 @@ class PPO:
             self.updates.update(experience, aims, step, self.kl_coefficient, work.tally)
             clock = work.timed("update", clock)
         self.episodes += len(experience.rows)
-        metrics = experience_metrics(experience)
+        metrics = experience_metrics(experience, options.spread_weight)
         self._warn(step, work.tally)
         self.progress.report(
             step + 1,
@@ -201,6 +207,29 @@ class PPO:
             len(experience.rows),
             options.kl_horizon_episodes,
         )
+        told = {"skipped_now": float(work.tally.skipped), "updates_now": float(self.updates.per_step * len(self.updates.optimisers))}
+        self.watch.saw_step(step + 1, {**metrics, **told})
+
+    def heed(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Do what the alarms of this step ask for.
+
+        Returns: `metrics`, or, after a rollback, those of the evaluation whose weights came back.
+        Raises:  TrainingFailed after a checkpoint where they stop the run."""
+        action = self.watch.answer(step)
+        if action == "stop":
+            self.save_checkpoint(step)
+            if self.processes.is_main:
+                save_model(self.actors.policy, self.actors.encoder, self.run.path / STOPPED_MODEL)
+            self.processes.barrier()
+            raise self.watch.error(step)
+        if action == "rollback":
+            good, coefficient = self.watch.go_back(step), self.kl_coefficient
+            self._load_trained(good)
+            # The larger of the two: a second rollback to one state must not come back with the coefficient of the first.
+            self.kl_coefficient = 2 * max(coefficient, self.kl_coefficient)
+            self.watch.went_back(step, self.kl_coefficient)
+            return good.values["metrics"]
+        return metrics
 
     def _sampled(self, step: int, work: Work) -> Experience:
         """The episodes of a step; what was drawn before an interruption is not drawn again."""
@@ -257,10 +286,12 @@ class PPO:
         experience, _ = self.actors.experience(
             [prompt.prompt_ids for prompt in self.watched], 1, seed=self.run.seed, step=EVALUATION_STREAM, with_values=False
         )
-        metrics = experience_metrics(experience)
+        texts = [self.actors.encoder.decode(row.completion_ids) for row in experience.rows]
+        metrics = {**experience_metrics(experience, self.options.spread_weight), "duplicate_share": duplicate_share(texts)}
         self.run.event("evaluation", step=step, metrics=metrics)
         if self.processes.is_main:
             self.samples.append(step, self.watched, experience, self.actors.encoder)
+        self.watch.saw_evaluation(step, metrics, self._trained)
         return metrics
 
     def _trained(self) -> State:
@@ -288,9 +319,11 @@ class PPO:
                 "seconds": self.progress.seconds,
                 "start_metrics": self.start_metrics,
                 "updates": self.updates.state(),
+                "watch": self.watch.values(),
             }
             tensors = {**trained.tensors, **buffer.tensors, "random": random_state()}
             folder = write_checkpoint(self.run.checkpoints, step, State(tensors, values), keep=self.options.keep_checkpoints)
+            self.watch.prune()
             self.run.event("checkpoint", step=step, path=str(folder))
         self.processes.barrier()
 
@@ -300,7 +333,7 @@ class PPO:
         self.processes.barrier()
         step, state = found if found else (0, State())
         if self.processes.is_main:
-            self.samples.cut(step if found else -1)
+            self.samples.cut(step - 1 if found is None or step == self.steps else step)  # what is evaluated again
         if found is None:
             return 0
         self._load_trained(state)
@@ -309,6 +342,7 @@ class PPO:
         self.progress.tokens, self.progress.seconds_before = state.values["tokens"], state.values["seconds"]
         self.start_metrics = state.values["start_metrics"]
         self.updates.load_state(state.values["updates"])
+        self.watch.load(state.values.get("watch"))
         if "tally" in state.values:
             self.begun = work_from(state, self._prompts(step), self.options.samples_per_prompt, self.processes)
         self.run.event("resume", step=step, update=self.begun.tally.done if self.begun else 0)
@@ -335,6 +369,8 @@ class PPO:
             "tokens": self.progress.tokens,
             "kl_coefficient": self.kl_coefficient,
             "skipped_steps": float(self.updates.skipped),
+            "alarms": float(self.watch.alarms),
+            "rollbacks": float(self.watch.rollbacks),
         }
         actors, verify = self.actors, self.options.verify_saved
         refusal = (
