@@ -221,11 +221,11 @@ ROLLBACK = {"kl_limit_nats": 0.3, "on_alarm": "rollback", "learning_rate": 1e-2,
 def test_a_rollback_brings_the_weights_back_bit_by_bit_and_goes_on_with_other_prompts(home: Path, tmp_path: Path, monkeypatch):
     seen: list[tuple[int, list[list[int]]]] = []
     restored: list[tuple[int, dict]] = []
-    real_experience, real_heed = ppo.Actors.experience, ppo.PPO.heed
+    real_draw, real_heed = ppo.Actors.draw, ppo.PPO.heed
 
-    def experience(self, prompts, samples, *, seed, step, with_values=True):
+    def draw(self, prompts, samples, *, step, **given):
         seen.append((step, [list(prompt) for prompt in prompts]))
-        return real_experience(self, prompts, samples, seed=seed, step=step, with_values=with_values)
+        return real_draw(self, prompts, samples, step=step, **given)
 
     def heed(self, step, metrics):
         before = self.watch.rollbacks
@@ -240,7 +240,7 @@ def test_a_rollback_brings_the_weights_back_bit_by_bit_and_goes_on_with_other_pr
             restored.append((step, {"before": good.values["kl_coefficient"], "now": self.kl_coefficient, "metrics": found}))
         return found
 
-    monkeypatch.setattr(ppo.Actors, "experience", experience)
+    monkeypatch.setattr(ppo.Actors, "draw", draw)
     monkeypatch.setattr(ppo.PPO, "heed", heed)
     run = ppo_run(tmp_path / "run", home, **{**ROLLBACK, "kl_target_nats": 0.0}, most_rollbacks=1, max_steps=8)
     with pytest.raises(TrainingFailed, match="after 1 rollbacks"):
