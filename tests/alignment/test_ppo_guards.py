@@ -267,7 +267,7 @@ def test_a_second_rollback_to_one_state_doubles_again_and_the_last_step_ends_wit
     assert all((start[name] == end[name]).all() for name in start)
 
 
-OFTEN = {**ROLLBACK, "kl_limit_nats": 0.6, "most_rollbacks": 9, "max_steps": 6, "evaluate_steps": 1, "checkpoint_steps": 2}
+OFTEN = {**ROLLBACK, "kl_limit_nats": 1.0, "most_rollbacks": 9, "max_steps": 6, "evaluate_steps": 1, "checkpoint_steps": 2}
 
 
 @pytest.fixture(scope="module")
