@@ -90,7 +90,7 @@ def sample_completions(
         # Packing costs as much as a few steps of decoding, and helps from a few rows on.
         packs = len(prompts) * samples >= 4 and sampling.max_new_tokens >= 16 and (processes is None or processes.dtype == "float32")
         with packed_weights(unwrap(model)) if packs else nullcontext():
-            for group in _groups([len(prompt) for prompt in prompts], sampling, samples):
+            for group in batches([len(prompt) for prompt in prompts], sampling, samples):
                 engine = _Engine(model, sampling, sorted(stop_ids), pad_id, processes)
                 drawn = engine.draw([prompts[place] for place in group], [streams[place] for place in group], samples)
                 for place, rows in zip(group, drawn, strict=True):
@@ -161,7 +161,7 @@ def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
     return probabilities
 
 
-def _groups(lengths: Sequence[int], sampling: Sampling, samples: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], sampling: Sampling, samples: int) -> Iterator[list[int]]:
     """Places of prompts, longest first, cut where the cache of a group would pass the limit."""
     group: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
