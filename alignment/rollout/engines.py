@@ -1,4 +1,4 @@
-"""Who writes completions: one small interface, the built-in sampler, transformers' continuous batching, and vLLM (`alignment.rollout.vllm`).
+"""Who writes completions: one small interface, the built-in sampler, transformers' continuous batching, and vLLM.
 
 Whoever writes draws from the whole distribution at one temperature, softmax(logits / temperature), and says the log-probability of each
 token under it: top-k, top-p, penalties and the model's own `generation_config` are switched off by name. Where an engine's numbers are
@@ -20,6 +20,7 @@ from alignment.rollout.sampling import Sample, Sampling
 from training.encode import Encoder
 from training.errors import InputError, TrainingFailed
 from training.language_model import unwrap
+from training.packed_model import own_attention
 from training.processes import Processes
 
 # Tokens in a page of the continuous cache: small, because completions here are short.
@@ -178,7 +179,7 @@ class Continuous:
             auto_switch_to_flash=False,  # flash attention takes half precision only, and these weights are float32
         )
         devices = [plain.device] if plain.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # it seeds torch's own generator
+        with own_attention(plain), torch.random.fork_rng(devices):  # it seeds torch's own generator
             answers = plain.generate_batch(
                 [list(prompts[place]) for place, _ in asked], generation_config=wanted, continuous_batching_config=cache
             )

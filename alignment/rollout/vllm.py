@@ -107,23 +107,28 @@ class Server:
         self.stop_ids = place.encoder.stop_ids
         # No proxy: prompts and weights' paths stay between the two machines that were named.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
-        self.name = str(self._ask("/v1/models")["data"][0]["id"])
+        self.name = str(self._ask("/v1/models", method="GET")["data"][0]["id"])
         self.checked_temperatures: set[float] = set()
 
     def refresh(self, model: Any) -> None:
         folder = hand_over(self.place, model)
-        error: tuple[str, str] | None = None
+        refused = lost = ""
         if self.place.processes.is_main:
             try:
                 self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-                self._ask("/reset_prefix_cache", {})
-            except (InputError, TrainingFailed) as problem:
-                error = str(problem), problem.remedy
-        if told := self.place.processes.gather(error)[0]:
-            raise InputError(
-                f"The server did not take the new weights from {folder}: {told[0]}",
-                remedy="Start it with VLLM_SERVER_DEV_MODE=1 on a machine that sees that folder, with a vLLM whose workers reload weights.",
+                self._ask("/reset_prefix_cache")
+            except InputError as problem:
+                refused = str(problem)
+            except TrainingFailed as problem:
+                lost = str(problem)
+        refused, lost = self.place.processes.gather((refused, lost))[0]
+        if refused or lost:
+            # A server that cannot read the folder answers with a status of its own trouble, as one that is only starting does.
+            remedy = (
+                "Start it with VLLM_SERVER_DEV_MODE=1 where it sees that folder, with a vLLM whose workers reload weights; then resume."
             )
+            told = f"The server did not take the new weights from {folder}: {refused or lost}"
+            raise InputError(told, remedy=remedy) if refused else TrainingFailed(told, remedy=remedy)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, samples: int = 1, streams: Sequence[int] | None = None
@@ -169,8 +174,10 @@ class Server:
         if temperature == 1 or temperature in self.checked_temperatures:
             return
         plain, warm = (self._two_likeliest(prompt, value) for value in (1.0, temperature))
-        found, wanted = warm[0] - warm[1], (plain[0] - plain[1]) / temperature
-        other = plain[0] - plain[1]
+        found, other = warm[0] - warm[1], plain[0] - plain[1]
+        wanted = other / temperature
+        if abs(wanted - other) < 0.01:
+            return  # nothing to tell them apart by; another prompt will
         if abs(found - other) < abs(found - wanted):
             raise InputError(
                 f"The server's log-probabilities are those of temperature 1, not of {temperature}.",
@@ -183,12 +190,12 @@ class Server:
         answer = self._ask("/v1/completions", {"model": self.name, "prompt": list(prompt), **wanted})
         return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None = None, *, method: str = "POST") -> Any:
         """One request, again where the connection or the server fails: an answer that was lost is asked for anew, with the same seed."""
         pause = self.pause_seconds
         for attempt in range(ATTEMPTS):
             try:
-                return self._once(path, body)
+                return self._once(path, body, method)
             except Refused:
                 raise
             except (OSError, HTTPException, ValueError) as problem:
@@ -201,12 +208,13 @@ class Server:
             pause *= 2
         raise AssertionError("unreachable")
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
+    def _once(self, path: str, body: dict[str, Any] | None, method: str) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        data = json.dumps(body or {}).encode() if method == "POST" else None
+        # The scheme was checked: it is http or https.
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)  # noqa: S310
         try:
             with self.opener.open(request, timeout=self.answer_seconds) as answer:
                 text = answer.read()
