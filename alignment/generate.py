@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_
 from alignment.candidates import Judge, Kept
 from alignment.options import GenerateOptions
 from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
+from alignment.rollout.engines import Place, engine_of
 from alignment.rollout.sampling import Sampling
 from alignment.selection import best_of_n_kl_bound, rejection_kl_bound
 from training.encode import Encoder
@@ -43,10 +45,12 @@ def run(run_directory: RunDirectory) -> None:
     rows, split = choose_split(prompt_rows(run_directory.data_file()), options.split)
     prompts, counts = encode_prompts(rows[: options.max_prompts or None], encoder, max_dropped_share=options.max_dropped_share)
     run_directory.event("counts", prompts=counts, split=split)
+    engine = engine_of(options.engine, Place(name, encoder, processes, run_directory.path / "scratch", options.engine_url))
     model = load_policy(name, device=processes.device).requires_grad_(False)
     check_room(model, prompts, options.max_completion_tokens)
     judge = _judge(run_directory, options, processes)
-    _write(run_directory, options, Policy(name, model, encoder, prompts), judge, processes=processes, counts=counts)
+    with closing(engine):
+        _write(run_directory, options, Policy(name, model, encoder, prompts, engine), judge, processes=processes, counts=counts)
 
 
 def _judge(run: RunDirectory, options: GenerateOptions, processes: Processes) -> Judge | None:
@@ -61,7 +65,13 @@ def _judge(run: RunDirectory, options: GenerateOptions, processes: Processes) ->
 
 
 def _write(
-    run: RunDirectory, options: GenerateOptions, policy: Policy, judge: Judge | None, *, processes: Processes, counts: dict[str, Any]
+    run: RunDirectory,
+    options: GenerateOptions,
+    policy: Policy,
+    judge: Judge | None,
+    *,
+    processes: Processes,
+    counts: dict[str, Any],
 ) -> None:
     partial = run.path / PARTIAL
     first = resume_at(partial, [prompt.key for prompt in policy.prompts], options.samples) if processes.is_main else 0

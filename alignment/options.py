@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from alignment.loss_kinds import LOSS_KINDS
+from alignment.rollout.names import EngineName, require_engine
 from training.options import TrainingOptions, require
 
 
@@ -139,6 +140,8 @@ class GenerateOptions:
     max_dropped_share: float = 0.02
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cache_tokens: int = 65_536  # most tokens of prompts and completions held at once
+    engine: EngineName = "built_in"  # who writes: docs/data-flow.md, section on engines
+    engine_url: str = ""  # of a vLLM server
 
     def __post_init__(self) -> None:
         _check_sampling(self)
@@ -151,6 +154,11 @@ class GenerateOptions:
         require(self.rejection_beta > 0, "rejection_beta must be positive.")
         require(self.highest_score is None or self.keep == "rejection", "highest_score goes with keep = rejection: leave it out.")
         require(self.spread_weight >= 0, "spread_weight must not be negative.")
+        require_engine(self.engine, self.engine_url)
+        require(
+            self.engine == "built_in" or not (self.greedy or self.top_k or self.top_p < 1),
+            f"engine = {self.engine} draws from the whole distribution alone: greedy, top_k and top_p need engine = built_in.",
+        )
         require(self.most_uncertain_prompts >= 0, "most_uncertain_prompts must not be negative.")
         disputes = self.keep == "uncertain" or self.most_uncertain_prompts
         require(not disputes or self.samples >= 2, "a dispute is about pairs: set samples = 2 or more.")

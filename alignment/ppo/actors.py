@@ -11,7 +11,8 @@ from alignment.ppo.experience import Experience, join, padded_samples
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.shared import Shared, load_slots, why_not_shared
 from alignment.ppo.voices import Manner, Separate, Voices
-from alignment.rollout.built_in import batches, sample_completions
+from alignment.rollout.built_in import batches
+from alignment.rollout.engines import Engine, Place, engine_of
 from alignment.rollout.sampling import Sample, Sampling
 from rewardmodel.ensemble import views
 from rewardmodel.network import load_value_model
@@ -28,12 +29,14 @@ Drawn = dict[int, list[Sample]]  # place of a prompt -> its samples
 
 @dataclass(slots=True)
 class Actors:
-    """The models of a run and how they are used. `kind` says which form was chosen, and why, where nobody chose."""
+    """The models of a run, who writes with the policy, and how they are used. `kind` says which form was chosen, and why, where nobody
+    chose."""
 
     voices: Voices
     encoder: Encoder
     options: PPOOptions
     processes: Processes
+    engine: Engine
     kind: str = ""
 
     @property
@@ -62,22 +65,14 @@ class Actors:
             cache_tokens=self.options.cache_tokens,
         )
         sampling.require_exact()
+        self.engine.refresh(self.policy)
         share = self.share(prompts)
         found: Drawn = {place: (drawn or {})[place] for place in share if place in (drawn or {})}
         for batch in batches([len(prompts[place]) for place in share], sampling, samples):
             places = [share[number] for number in batch]
             if all(place in found for place in places):
                 continue
-            answers = sample_completions(
-                self.policy,
-                [prompts[place] for place in places],
-                sampling,
-                stop_ids=self.encoder.stop_ids,
-                pad_id=self.encoder.pad_id,
-                samples=samples,
-                streams=places,
-                processes=self.processes,
-            )
+            answers = self.engine.sample([prompts[place] for place in places], sampling, samples=samples, streams=places)
             found |= {place: answers[number * samples : (number + 1) * samples] for number, place in enumerate(places)}
             if pause():
                 break
@@ -109,8 +104,8 @@ class Actors:
     def _judged(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
         rows = [sample.row for sample in drawn]
         mask, logps, entropies = padded_samples(drawn, self.options.max_completion_tokens)
-        # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
-        again = self.processes.dtype != "float32"
+        # Another engine, or a bfloat16 forward pass of another shape, differs by more than PPO may mistake for a change of the policy.
+        again = not self.engine.exact
         judged = self.voices.judged(
             rows,
             [self._as_judged(sample) for sample in drawn],
@@ -123,6 +118,7 @@ class Actors:
             rows=rows,
             mask=mask,
             logps=judged.logps if again else logps,
+            engine_logps=logps,
             entropies=entropies,
             reference_logps=judged.reference_logps,
             values=judged.values,
@@ -154,19 +150,22 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
         )
     if options.reward_view != "mean":
         require_members(notes, f"reward_view = {options.reward_view} looks at several")
+    # Before any model is loaded: an engine that is missing, or a server that does not answer, is known at once.
+    place = Place(str(inputs["model"]), encoder, processes, run_directory.path / "scratch", options.engine_url)
+    engine = engine_of(options.engine, place)
     manner = Manner(encoder.pad_id, options.max_completion_tokens, options.temperature, processes)
     why_not = why_not_shared(inputs["model"], inputs["reward_model"], inputs.get("reference"), options.lora_rank)
     if options.backbone == "shared" and why_not:
         raise InputError(f"backbone = shared cannot be: {why_not}.", remedy="Mend that, or set backbone = 'separate' (or 'auto').")
     if options.backbone != "separate" and not why_not:
         try:
-            return Actors(_shared(run_directory, options, notes, manner), encoder, options, processes, "one backbone")
+            return Actors(_shared(run_directory, options, notes, manner), encoder, options, processes, engine, "one backbone")
         except InputError as error:
             if options.backbone == "shared":
                 raise
             why_not = str(error)
     voices = _separate(run_directory, encoder, options, manner)
-    return Actors(voices, encoder, options, processes, f"separate models: {why_not}" if options.lora_rank else "separate models")
+    return Actors(voices, encoder, options, processes, engine, f"separate models: {why_not}" if options.lora_rank else "separate models")
 
 
 def _given(run_directory: RunDirectory, options: PPOOptions, manner: Manner) -> dict[str, Any]:

@@ -119,11 +119,11 @@ class Guards:
         Args:  metrics: `kl_k1_nats`, `length_tokens`, `entropy_nats`, `duplicate_share`; of an ensemble `reward_mean` and
                `reward_pessimistic`, whatever view pays the policy."""
         if not self.start:
-            self.start = {name: metrics[name] for name in ("length_tokens", "entropy_nats", "duplicate_share")}
+            self.start = {name: metrics[name] for name in ("length_tokens", "entropy_nats", "duplicate_share") if name in metrics}
         found = [
             self._kl(step, metrics["kl_k1_nats"], clears=False),
             self._length(step, metrics["length_tokens"]),
-            self._entropy(step, metrics["entropy_nats"]),
+            self._entropy(step, metrics.get("entropy_nats")),
             self._duplicates(step, metrics["duplicate_share"]),
         ]
         if "reward_pessimistic" in metrics:
@@ -184,9 +184,9 @@ class Guards:
         )
         return self._said(alarm, wrong=not ratio <= limit, over=ratio <= limit * (1 - MARGIN))
 
-    def _entropy(self, step: int, nats: float) -> Alarm | None:
-        floor, first = self.options.entropy_floor_share, self.start["entropy_nats"]
-        if not floor or not first > 0:
+    def _entropy(self, step: int, nats: float | None) -> Alarm | None:
+        floor, first = self.options.entropy_floor_share, self.start.get("entropy_nats", 0.0)
+        if nats is None or not floor or not first > 0:  # not every engine tells entropies
             return None
         alarm = Alarm(
             "entropy_collapse",

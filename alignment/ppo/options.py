@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignment.ppo.guards import GuardOptions
+from alignment.rollout.names import EngineName, require_engine
 from training.options import require
 
 
@@ -54,6 +55,11 @@ class PPOOptions(GuardOptions):
     adam_epsilon: float = 1e-5
     epochs: float = 1.0  # over the prompts
 
+    # who writes completions: docs/data-flow.md, section on engines
+    engine: EngineName = "built_in"
+    engine_url: str = ""  # of a vLLM server
+    importance_cap: float = 2.0  # of the weight that corrects a token for the engine's log-probability; 1 is no correction upwards
+
     cache_tokens: int = 65_536  # most tokens of prompts and completions held at once while sampling
 
     log_steps: int = 1
@@ -84,6 +90,8 @@ class PPOOptions(GuardOptions):
             "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
         )
         self._check_estimator()
+        require(self.importance_cap >= 1, "importance_cap must be at least 1, or tokens on which engine and trainer agree are cut.")
+        require_engine(self.engine, self.engine_url)
         require(
             self.minibatches <= self.prompts_per_step * self.samples_per_prompt,
             "minibatches must not exceed the episodes of a step, prompts_per_step x samples_per_prompt.",

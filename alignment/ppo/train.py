@@ -23,6 +23,7 @@ from alignment.ppo.actors import Actors, load_actors
 from alignment.ppo.buffer import Work, whole_work, work_from
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
 from alignment.ppo.guards import duplicate_share
+from alignment.ppo.importance import mismatch_metrics
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
@@ -266,6 +267,8 @@ class PPO:
             "episodes": float(self.episodes),
             "episodes_per_second": len(experience.rows) / max(sum(work.seconds.values()), 1e-9),
         }
+        if not self.actors.engine.exact:
+            found |= mismatch_metrics(experience.logps, experience.engine_logps, mask, self.options.importance_cap)
         if aims.returns is not None:
             found["value"] = float(experience.values[mask].double().mean())
             found["return"] = float(aims.returns[mask].double().mean())

@@ -12,6 +12,7 @@ from torch import Tensor
 from alignment.ppo.actors import Actors
 from alignment.ppo.estimators import ESTIMATORS, token_weights
 from alignment.ppo.experience import Experience, Targets
+from alignment.ppo.importance import importance_weights
 from alignment.ppo.losses import kl_k2, kl_k3, policy_terms, value_terms
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.voices import Said
@@ -47,7 +48,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Minibatch:
-    """Episodes of one optimiser step. `weights` (B, T): what each token counts in the policy's loss; `tokens`: real ones of the whole."""
+    """Episodes of one optimiser step. `weights` (B, T): what each token counts in the policy's loss, corrected for the
+    engine;  `tokens`: real ones of the whole."""
 
     experience: Experience
     aims: Targets
@@ -109,6 +111,8 @@ class Updates:
         micro-batches. Returns the largest |ratio - 1| on this process."""
         mask = experience.mask[indices]
         weights = token_weights(mask, ESTIMATORS[self.options.advantage_estimator].average, self.options.max_completion_tokens)
+        ours, engines = experience.logps[indices], experience.engine_logps[indices]
+        weights = weights * importance_weights(ours, engines, mask, self.options.importance_cap)
         batch = Minibatch(experience, aims, kl_coefficient, indices, weights, int(mask.sum()))
         mine = self.actors.processes.share(range(len(indices)), [float(len(experience.rows[index])) for index in indices])
         while True:
