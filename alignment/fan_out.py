@@ -33,7 +33,7 @@ def asked_of_accelerate(environment: Mapping[str, str]) -> tuple[int, dict[str, 
     except OSError:
         return 1, {}
     config = _option(words, "__config_file")
-    variables, count = of_config_file(Path(config)) if config else (dict[str, str](), 1)
+    count, variables = of_config_file(Path(config)) if config else (1, dict[str, str]())
     number = _option(words, "__num_processes")
     return int(number) if number.isdigit() else count, variables
 

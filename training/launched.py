@@ -48,8 +48,8 @@ def sharding_asked(environment: Mapping[str, str]) -> Sharding:
     return "zero2" if stage == "2" else "zero3"
 
 
-def of_config_file(file: Path) -> tuple[dict[str, str], int]:
-    """The environment that a config file of accelerate stands for (what `accelerate launch --cpu` leaves out), and its `num_processes`.
+def of_config_file(file: Path) -> tuple[int, dict[str, str]]:
+    """`num_processes` of a config file of accelerate, and the environment that it stands for (`accelerate launch --cpu` leaves that out).
 
     Raises: InputError where the file cannot be read.
     """
@@ -62,8 +62,8 @@ def of_config_file(file: Path) -> tuple[dict[str, str], int]:
         raise InputError(f"{file} cannot be read: {error}", remedy=f"Launch with one of {SHIPPED}.") from error
     if kind == "FSDP":
         options: dict[str, Any] = config.get("fsdp_config") or {}
-        return {FSDP: "true", FSDP_VERSION: str(options.get("fsdp_version", 1))}, count
+        return count, {FSDP: "true", FSDP_VERSION: str(options.get("fsdp_version", 1))}
     if kind == "DEEPSPEED":
         options = config.get("deepspeed_config") or {}
-        return {DEEPSPEED: "true", ZERO_STAGE: str(options.get("zero_stage", ""))}, count
-    return {}, count
+        return count, {DEEPSPEED: "true", ZERO_STAGE: str(options.get("zero_stage", ""))}
+    return count, {}

@@ -11,6 +11,7 @@ from training.errors import TrainingFailed
 from training.options import TrainingOptions
 from training.processes import Processes
 from training.schedule import learning_rate_share
+from training.sharding import clip_gradients
 
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -64,7 +65,7 @@ class Optimiser:
         """
         processes.sum_gradients([*self.trained, *self.extra])
         limit = self.options.max_gradient_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_([*self.trained, *self.extra], limit))
+        norm = float(clip_gradients([*self.trained, *self.extra], limit))
         share = learning_rate_share(
             min(step, self.steps - 1),
             steps=self.steps,

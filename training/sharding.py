@@ -187,7 +187,7 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     """This process's part of a whole tensor that every process has, cut as `other` is; without any communication."""
     placed = tensor.to(other.device)
     if isinstance(other, DTensor) and placed.shape == other.shape:
-        return distribute_tensor(placed, other.device_mesh, other.placements, src_data_rank=None)
+        return distribute_tensor(placed, other.device_mesh, other.placements, src_data_rank=None).clone()  # not a view of the whole
     return placed
 
 
