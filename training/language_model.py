@@ -27,7 +27,7 @@ from training.merge import merged
 from training.options import TrainingOptions
 from training.quantise import quantised
 from training.rundir import replace_folder
-from training.sharding import one_pass, weights
+from training.sharding import one_pass
 
 # Logits of one chunk of positions may take this much; more chunks are recomputed in the backward pass.
 LOGIT_CHUNK_BYTES = 256 * 2**20
@@ -305,7 +305,7 @@ def save_model(model: Any, encoder: Encoder, folder: str | Path, *, notes: dict[
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     if is_adapted(model):
-        model.save_pretrained(beside / "adapter", safe_serialization=True, state_dict=weights(model))
+        model.save_pretrained(beside / "adapter", safe_serialization=True)
     plain: Any = merged(model) if is_adapted(model) else model
     keep_cache = plain.config.use_cache
     plain.config.use_cache = True
@@ -313,7 +313,7 @@ def save_model(model: Any, encoder: Encoder, folder: str | Path, *, notes: dict[
     # Transformers reads a score at the last token that is not padding: with padding = end of text it would miss the end of text.
     # Without a padding id it reads at the last position, and refuses batches instead of scoring them wrongly.
     plain.config.pad_token_id = plain.config.get_text_config().pad_token_id = pad_id
-    plain.save_pretrained(beside, safe_serialization=True, state_dict=weights(plain))
+    plain.save_pretrained(beside, safe_serialization=True)
     plain.config.use_cache = keep_cache
     encoder.save(beside)
     for name, content in (notes or {}).items():

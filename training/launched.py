@@ -44,7 +44,9 @@ def sharding_asked(environment: Mapping[str, str]) -> Sharding:
         return "fsdp2"
     stage = environment.get(ZERO_STAGE, "")
     if stage not in ("2", "3"):
-        raise InputError(f"The launcher asks for ZeRO stage {stage or '(none)'}; there are 2 and 3.", remedy=f"Launch with one of {SHIPPED}.")
+        raise InputError(
+            f"The launcher asks for ZeRO stage {stage or '(none)'}; there are 2 and 3.", remedy=f"Launch with one of {SHIPPED}."
+        )
     return "zero2" if stage == "2" else "zero3"
 
 

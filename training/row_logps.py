@@ -69,8 +69,13 @@ def _in_groups(
     """As `_in_packs`, one encoding for each row, padded to the longest of its group."""
     groups = length_groups([len(row) for row in rows], budget=budget)
     padded = [pad_rows([rows[index] for index in group], pad_id) if group else None for group in in_step(model, groups)]
-    parts = [compute(one.to(device)) if one else compute(pad_rows([SPARE_ROW], pad_id).to(device))[:0] for one in padded]
+    parts = [compute(one.to(device)) if one else compute(spare_rows(pad_id, device))[:0] for one in padded]
     return _in_order(parts, [index for group in groups for index in group], device)
+
+
+def spare_rows(pad_id: int, device: torch.device) -> Padded:
+    """As `spare_pack`, padded."""
+    return pad_rows([SPARE_ROW], pad_id).to(device)
 
 
 def spare_pack() -> Packed:

@@ -59,6 +59,7 @@ def shard(model: Any, processes: Processes) -> None:
         raise InputError("Quantised weights cannot be sharded.", remedy="Leave out quantise, or launch with alignment/launch/ddp.yaml.")
     processes.same_start([model])
     entry = Entry(plain)
+    hooks = {module: set(module._state_dict_pre_hooks) for module in plain.modules()}
     mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
     for block in blocks(plain):
         fully_shard(block, mesh=mesh)
@@ -67,10 +68,15 @@ def shard(model: Any, processes: Processes) -> None:
         part.set_gradient_divide_factor(1.0)
         if processes.device.type == "cpu":
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    _parts_of(entry).set_reshard_after_forward(True)  # between two passes everything is in shards, so the optimiser never meets a whole weight
+    _parts_of(entry).set_reshard_after_forward(
+        True
+    )  # between two passes everything is in shards, so the optimiser never meets a whole weight
     plain.__dict__[ENTRY] = entry  # not as a submodule: the entry holds the model, not the other way round
     with torch.no_grad():
         entry(lambda: None)  # the first to be called is the root
+    for module, own in hooks.items():  # FSDP2's would cut gathered weights again while they are saved
+        for key in set(module._state_dict_pre_hooks) - own:
+            del module._state_dict_pre_hooks[key]
 
 
 def blocks(plain: nn.Module) -> list[nn.Module]:
@@ -155,19 +161,6 @@ def gathered(*models: Any) -> Iterator[None]:
                 entry.whole = False
                 _parts_of(entry).set_reshard_after_forward(True)
                 _parts_of(entry).reset_iter_state()  # also cuts the weights again
-
-
-def weights(model: Any) -> dict[str, Tensor] | None:
-    """What `state_dict` should give of a gathered model; its own would cut the weights again. None for a model that is not sharded."""
-    if entry_of(model) is None:
-        return None
-    found = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    lasting = {f"{place}.{name}" if place else name for place, module in model.named_modules() for name in _lasting_buffers(module)}
-    return found | {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in lasting}
-
-
-def _lasting_buffers(module: nn.Module) -> list[str]:
-    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

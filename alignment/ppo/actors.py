@@ -20,6 +20,7 @@ from training.language_model import Lora, completion_logps, frozen_copy, load_po
 from training.pack import Padded, Row
 from training.processes import Processes
 from training.rundir import RunDirectory
+from training.sharding import gathered, shard
 
 
 @dataclass(slots=True)
@@ -46,22 +47,23 @@ class Actors:
         places = self.processes.share(range(len(prompts)), [float(len(prompt)) for prompt in prompts])
         sampling = Sampling(self.options.max_completion_tokens, temperature=self.options.temperature, seed=seed, step=step)
         sampling.require_exact()
-        drawn = sample_completions(
-            self.policy,
-            [prompts[place] for place in places],
-            sampling,
-            stop_ids=self.encoder.stop_ids,
-            pad_id=self.encoder.pad_id,
-            samples=samples,
-            streams=places,
-            processes=self.processes,
-        )
-        sampled = time.monotonic()
-        mine = self._scored(drawn, with_values)
-        gathered = self.processes.gather((places, mine))
-        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
+        with gathered(self.policy):  # once for all tokens, and for the passes over what was written
+            drawn = sample_completions(
+                self.policy,
+                [prompts[place] for place in places],
+                sampling,
+                stop_ids=self.encoder.stop_ids,
+                pad_id=self.encoder.pad_id,
+                samples=samples,
+                streams=places,
+                processes=self.processes,
+            )
+            sampled = time.monotonic()
+            mine = self._scored(drawn, with_values)
+        shares = self.processes.gather((places, mine))
+        source = [place * samples + sample for part, _ in shares for place in part for sample in range(samples)]
         order = sorted(range(len(source)), key=source.__getitem__)
-        experience = join([part for _, part in gathered], order)
+        experience = join([part for _, part in shares], order)
         return experience, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
 
     @torch.no_grad()
@@ -73,10 +75,12 @@ class Actors:
             if self.processes.dtype != "float32":
                 # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
                 logps = self._by_token(rows, lambda padded: self.logps(self.policy, padded))
-            with reference(self.policy, self.reference) as frozen:
+            with reference(self.policy, self.reference) as frozen, gathered(self.reference):
                 reference_logps = self._by_token(rows, lambda padded: self.logps(frozen, padded))
-            values = self._by_token(rows, self.values) if with_values else torch.zeros_like(logps)
-            judged = self.scorer.views(self.scorer.raw_scores([self._as_judged(sample) for sample in drawn]))
+            with gathered(self.value if with_values else None):
+                values = self._by_token(rows, self.values) if with_values else torch.zeros_like(logps)
+            with gathered(self.scorer.model):
+                judged = self.scorer.views(self.scorer.raw_scores([self._as_judged(sample) for sample in drawn]))
         return Experience(
             rows=rows,
             mask=mask,
@@ -147,5 +151,8 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
         frozen = load_policy(inputs["reference"], device=device).eval().requires_grad_(False)
     elif not options.lora_rank:
         frozen = frozen_copy(policy)
+    for model in (policy, value, scorer.model, frozen):
+        if model is not None:
+            shard(model, processes)
     value_notes = replace(scorer.notes, mean=mean, scale=scale)
     return Actors(policy, frozen, value, value_notes, scorer, encoder, options, processes)

@@ -47,6 +47,7 @@ from training.processes import Processes
 from training.progress import Progress, stop_requested
 from training.row_logps import row_logps
 from training.rundir import RunDirectory, file_digest
+from training.sharding import gathered
 
 # Evaluations draw the same uniform numbers each time, apart from those of every step: what differs between two of them is the policy.
 EVALUATION_STREAM = 2**31 - 1
@@ -224,14 +225,14 @@ class PPO:
 
     def save_checkpoint(self, step: int) -> None:
         """Every process comes here; the first one writes."""
+        tensors = {
+            "policy": trained_tensors(self.actors.policy),
+            "value": trained_tensors(self.actors.value),
+            "policy_optimiser": optimiser_state(self.updates.policy.adamw),
+            "value_optimiser": optimiser_state(self.updates.value.adamw),
+            "random": random_state(),
+        }
         if self.processes.is_main:
-            tensors = {
-                "policy": trained_tensors(self.actors.policy),
-                "value": trained_tensors(self.actors.value),
-                "policy_optimiser": optimiser_state(self.updates.policy.adamw),
-                "value_optimiser": optimiser_state(self.updates.value.adamw),
-                "random": random_state(),
-            }
             values = {
                 "kl_coefficient": self.kl_coefficient,
                 "episodes": self.episodes,
@@ -288,16 +289,19 @@ class PPO:
             "skipped_steps": float(self.updates.skipped),
         }
         actors, verify = self.actors, self.options.verify_saved
-        refusal = (
-            save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
-        )
+        with gathered(actors.policy):
+            refusal = (
+                save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
+            )
         if (told := self.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save_checkpoint(self.steps)
             error, remedy = told
             raise TrainingFailed(error, remedy=remedy)
+        value_folder = self.run.path / "value_model"
+        with gathered(actors.value):
+            if self.processes.is_main:
+                save_model(actors.value, actors.encoder, value_folder, notes=actors.value_files())
         if self.processes.is_main:
-            value_folder = self.run.path / "value_model"
-            save_model(self.actors.value, self.actors.encoder, value_folder, notes=self.actors.value_files())
             artefacts = {
                 "model": str(self.run.model_folder),
                 "weights": {file.name: file_digest(file) for file in sorted(self.run.model_folder.glob("*.safetensors"))},

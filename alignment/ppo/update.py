@@ -13,6 +13,8 @@ from alignment.ppo.options import PPOOptions
 from training.optimiser import Optimiser
 from training.pack import length_groups, pad_rows
 from training.processes import Sums, add_sums
+from training.row_logps import spare_rows
+from training.sharding import in_step
 
 
 def minibatch_order(episodes: int, options: PPOOptions, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -79,11 +81,22 @@ class Updates:
         tokens = int(experience.mask[list(indices)].sum())
         mine = self.actors.processes.share(indices, [float(length) for length in lengths])
         deviation = 0.0
-        for group in length_groups([len(experience.rows[index]) for index in mine], budget=self.options.tokens_per_micro_batch):
+        groups = length_groups([len(experience.rows[index]) for index in mine], budget=self.options.tokens_per_micro_batch)
+        for group in in_step(self.actors.policy, groups):
+            if group is None:
+                self._keep_step()
+                continue
             found, part = self._backward(experience, aims, [mine[place] for place in group], tokens)
             deviation = max(deviation, found)
             add_sums(sums, part)
         return deviation
+
+    def _keep_step(self) -> None:
+        """A pass forth and back that teaches nothing: another process has one more micro-batch, and sharded weights are gathered by all."""
+        padded = spare_rows(self.actors.encoder.pad_id, self.actors.processes.device)
+        with self.actors.processes.autocast():
+            (0.0 * self.actors.logps(self.actors.policy, padded).sum()).backward()
+            (0.0 * self.actors.values(padded).sum()).backward()
 
     def _backward(self, experience: Experience, aims: Targets, indices: list[int], tokens: int) -> tuple[float, Sums]:
         """One micro-batch. Policy and value are two models: the graph of the first is gone before the second is built."""
