@@ -1,7 +1,8 @@
 """Gradients of one batch, a micro-batch at a time; where memory runs out, in smaller micro-batches.
 
 The update does not depend on how a batch is cut, so a batch that did not fit is done again from its start with half the tokens a
-micro-batch, and so is everything after it. All processes go down together, before gradients are summed. (Those of a sharded model cannot: there the run ends, and says what to set.)
+micro-batch, and so is everything after it. All processes go down together, before gradients are summed; with a sharded model, whose
+passes all processes make at once, the run ends instead, and says what to set.
 """
 
 import gc

@@ -68,9 +68,8 @@ def shard(model: Any, processes: Processes) -> None:
         part.set_gradient_divide_factor(1.0)
         if processes.device.type == "cpu":
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    _parts_of(entry).set_reshard_after_forward(
-        True
-    )  # between two passes everything is in shards, so the optimiser never meets a whole weight
+    # Between two passes everything is in shards, so that the optimiser never meets a whole weight.
+    _parts_of(entry).set_reshard_after_forward(True)
     plain.__dict__[ENTRY] = entry  # not as a submodule: the entry holds the model, not the other way round
     with torch.no_grad():
         entry(lambda: None)  # the first to be called is the root
@@ -170,7 +169,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     main = dist.get_rank() == 0
     found = {}
     for name, tensor in tensors.items():
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
         found[name] = full.to("cpu") if main else torch.empty(0)
         del full
     return found
