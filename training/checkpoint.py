@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import InputError
 from training.rundir import checkpoint_folders, file_digest, replace_folder, sync_folder
-from training.sharding import cut_like, whole
+from training.sharding import cut_like, whole, zero_of
+from training.zero import shape_of
 
 CHECKPOINT_FORMAT = "rankloop.checkpoint/1"
 
@@ -80,7 +82,8 @@ def restore_newest(root: Path, warn: Callable[[str], None]) -> tuple[int, State]
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The weights that training changes, by name; sharded ones whole, on process 0. Every process comes here."""
-    return whole(_trained(module))
+    zero = zero_of(module)
+    return zero.whole_weights(_trained(module), keep=dist.get_rank() == 0) if zero else whole(_trained(module))
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,8 +93,11 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put `trained_tensors` back. Raises InputError if names or shapes are not this module's."""
     own = _trained(module)
-    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+    if own.keys() != tensors.keys() or any(shape_of(own[name]) != tensors[name].shape for name in own):
         raise InputError("The checkpoint belongs to another model or other LoRA options.", remedy="Start a new run directory.")
+    if zero := zero_of(module):
+        zero.load_weights(own, tensors)
+        return
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(cut_like(tensors[name], parameter))

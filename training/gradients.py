@@ -20,7 +20,7 @@ from training.optimiser import Optimiser
 from training.pack import micro_batches
 from training.processes import Processes, Sums, add_sums
 from training.rundir import RunDirectory
-from training.sharding import in_step, keeps_step
+from training.sharding import backward, in_step, keeps_step
 
 NAMED_ITEMS = 5  # in one warning
 # How allocators other than CUDA's own say it: torch's on the CPU, C++, and the libraries of matrices.
@@ -128,7 +128,7 @@ class Gradients:
                     held = self.optimiser.room()
                 with self.processes.autocast():
                     loss, sums = self.objective.forward(part or self._lightest())
-                (loss / denominator if part else 0.0 * loss).backward()
+                backward(self.model, loss / denominator if part else 0.0 * loss)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
@@ -176,7 +176,7 @@ class Gradients:
         self.run.event("warning", text=text, out_of_memory=self.out_of_memory)
 
     def _clear(self) -> None:
-        self.optimiser.adamw.zero_grad(set_to_none=True)
+        self.optimiser.clear()
 
     def _blame(self, parts: list[list[int]]) -> str:
         names = [self._names(part) for part in parts]

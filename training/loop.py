@@ -8,9 +8,7 @@ from typing import Any
 from training.artefact import save_verified
 from training.checkpoint import (
     State,
-    load_optimiser_state,
     load_trained,
-    optimiser_state,
     random_state,
     restore_newest,
     set_random_state,
@@ -78,6 +76,7 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
     processes.same_start([training.model])
     shard(training.model, processes)
     optimiser = Optimiser(training.model, options, steps=steps, extra=objective.extra)
+    optimiser.start(processes)
     objective.budget = options.tokens_per_micro_batch
     loop = Loop(training, optimiser, Gradients(training.model, objective, processes, optimiser, run), Progress(run, processes, steps=steps))
     first = loop.resume()
@@ -155,7 +154,7 @@ class Loop:
         training, processes = self.training, self.training.processes
         all_sums = processes.gather({name: [float(top), float(bottom)] for name, (top, bottom) in self.sums.items()})
         all_tokens = processes.gather(self.tokens)
-        model, optimiser = trained_tensors(training.model), optimiser_state(self.optimiser.adamw)
+        model, optimiser = trained_tensors(training.model), self.optimiser.state()
         if processes.is_main:
             merged: Sums = {}
             for part in all_sums:
@@ -185,7 +184,7 @@ class Loop:
             return 0
         step, state = found
         load_trained(training.model, state.tensors["model"])
-        load_optimiser_state(self.optimiser.adamw, state.tensors["optimiser"])
+        self.optimiser.load_state(state.tensors["optimiser"])
         for index, (parameter, _) in enumerate(training.objective.extra):
             parameter.data.copy_(state.tensors["extra"][str(index)])
         set_random_state(state.tensors["random"])

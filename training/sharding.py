@@ -1,4 +1,4 @@
-"""Weights spread over the processes of a run (FSDP2), and gathered where they are needed whole.
+"""Weights spread over the processes of a run (FSDP2, or DeepSpeed: `training.zero`), and gathered where they are needed whole.
 
 Two rules make N processes compute what one would. **In training** every pass through a sharded model gathers and frees the weights block by
 block, all processes at once: so all make the same number of passes, and one with nothing left to do makes passes over two tokens whose
@@ -10,7 +10,7 @@ loaded and while it is gathered: 4 bytes a parameter; gradients and optimiser st
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.errors import InputError
 from training.processes import Processes
+from training.zero import Zero, require_deepspeed
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -35,11 +36,15 @@ class Entry(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.zero: Zero | None = None  # DeepSpeed's engine, once there is an optimiser
         self.whole = False  # gathered, for as long as `gathered` says
         self.inside = False  # in a pass
 
     def forward(self, compute: Callable[[], T]) -> T:
         return compute()
+
+    def run(self, compute: Callable[[], T]) -> T:
+        return (self.zero.engine if self.zero else self)(compute)
 
     def parts(self) -> list[Any]:
         """Everything that is gathered by itself: the blocks, and what is left."""
@@ -52,7 +57,10 @@ def shard(model: Any, processes: Processes) -> None:
     Every process comes here with the model loaded on its device, before an optimiser sees its parameters.
     Raises:  InputError for quantised weights.
     """
-    if processes.sharding != "fsdp2" or entry_of(model) is not None:
+    if processes.sharding == "none" or entry_of(model) is not None:
+        return
+    if processes.sharding != "fsdp2":
+        _leave_to_zero(model, processes)
         return
     plain = _inside(model)
     if getattr(plain, "hf_quantizer", None) is not None:
@@ -76,6 +84,42 @@ def shard(model: Any, processes: Processes) -> None:
     for module, own in hooks.items():  # FSDP2's would cut gathered weights again while they are saved
         for key in set(module._state_dict_pre_hooks) - own:
             del module._state_dict_pre_hooks[key]
+
+
+def _leave_to_zero(model: Any, processes: Processes) -> None:
+    """DeepSpeed cuts a model when its optimiser is there (`start_zero`), and models that are trained only."""
+    require_deepspeed(processes.sharding)
+    plain = _inside(model)
+    if getattr(plain, "hf_quantizer", None) is not None:
+        raise InputError("Quantised weights cannot be sharded.", remedy="Leave out quantise, or launch with alignment/launch/ddp.yaml.")
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        processes.same_start([model])
+        entry = plain.__dict__[ENTRY] = Entry(plain)
+        entry.whole = True
+
+
+def start_zero(model: Any, adamw: torch.optim.Optimizer, processes: Processes, *, max_norm: float) -> Zero | None:
+    """DeepSpeed's engine over a model that `shard` left to it; None for any other."""
+    entry = entry_of(model)
+    if entry is None or processes.sharding not in ("zero2", "zero3"):
+        return None
+    entry.zero = Zero(entry, adamw, stage=int(processes.sharding[-1]), world=processes.world, max_norm=max_norm)
+    entry.whole = False
+    return entry.zero
+
+
+def zero_of(model: Any) -> Zero | None:
+    """DeepSpeed's engine of a model whose weights are cut (or would be, in stage 3)."""
+    entry = entry_of(model)
+    return entry.zero if entry and not entry.whole else None
+
+
+def backward(model: Any, loss: Tensor) -> None:
+    """`loss.backward()`, by the engine where the model has one."""
+    if zero := zero_of(model):
+        zero.backward(loss)
+    else:
+        loss.backward()
 
 
 def blocks(plain: nn.Module) -> list[nn.Module]:
@@ -115,10 +159,12 @@ def one_pass(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate
         entry.inside = True
         try:
             # In a closure: FSDP2 looks through arguments, and would copy long lists of rows.
-            return entry(lambda: function(model, *args, **given))
+            return entry.run(lambda: function(model, *args, **given))
         finally:
             entry.inside = False
-            if not torch.is_grad_enabled():  # no backward pass will tidy up; what is left would make it fetch the wrong blocks
+            if (
+                not entry.zero and not torch.is_grad_enabled()
+            ):  # no backward pass will tidy up; what is left would make it fetch the wrong blocks
                 _parts_of(entry).reset_iter_state()
 
     return run
@@ -146,20 +192,27 @@ def gathered(*models: Any) -> Iterator[None]:
 
     Models that are not sharded (or are gathered already, or None) stay as they are.
     """
-    entries = [entry for model in models if model is not None and (entry := entry_of(model)) is not None and not entry.whole]
-    with torch.no_grad():
-        for entry in entries:
-            for part in entry.parts():
-                part.unshard()
-            _parts_of(entry).set_reshard_after_forward(False)
-            entry.whole = True
-        try:
-            yield
-        finally:
-            for entry in entries:
-                entry.whole = False
-                _parts_of(entry).set_reshard_after_forward(True)
-                _parts_of(entry).reset_iter_state()  # also cuts the weights again
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            entry = None if model is None else entry_of(model)
+            if entry is not None and not entry.whole:
+                stack.enter_context(entry.zero.gathered() if entry.zero else _unsharded(entry))
+                entry.whole = True
+                stack.callback(setattr, entry, "whole", False)
+        yield
+
+
+@contextmanager
+def _unsharded(entry: Entry) -> Iterator[None]:
+    for part in entry.parts():
+        part.unshard()
+    _parts_of(entry).set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        _parts_of(entry).set_reshard_after_forward(True)
+        _parts_of(entry).reset_iter_state()  # also cuts the weights again
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,9 +28,7 @@ from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_pr
 from training.artefact import save_verified
 from training.checkpoint import (
     State,
-    load_optimiser_state,
     load_trained,
-    optimiser_state,
     random_state,
     restore_newest,
     set_random_state,
@@ -228,8 +226,8 @@ class PPO:
         tensors = {
             "policy": trained_tensors(self.actors.policy),
             "value": trained_tensors(self.actors.value),
-            "policy_optimiser": optimiser_state(self.updates.policy.adamw),
-            "value_optimiser": optimiser_state(self.updates.value.adamw),
+            "policy_optimiser": self.updates.policy.state(),
+            "value_optimiser": self.updates.value.state(),
             "random": random_state(),
         }
         if self.processes.is_main:
@@ -256,8 +254,8 @@ class PPO:
             return 0
         load_trained(self.actors.policy, state.tensors["policy"])
         load_trained(self.actors.value, state.tensors["value"])
-        load_optimiser_state(self.updates.policy.adamw, state.tensors["policy_optimiser"])
-        load_optimiser_state(self.updates.value.adamw, state.tensors["value_optimiser"])
+        self.updates.policy.load_state(state.tensors["policy_optimiser"])
+        self.updates.value.load_state(state.tensors["value_optimiser"])
         set_random_state(state.tensors["random"])
         self.kl_coefficient, self.episodes = state.values["kl_coefficient"], state.values["episodes"]
         self.progress.tokens, self.progress.seconds_before = state.values["tokens"], state.values["seconds"]

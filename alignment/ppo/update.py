@@ -14,7 +14,7 @@ from training.optimiser import Optimiser
 from training.pack import length_groups, pad_rows
 from training.processes import Sums, add_sums
 from training.row_logps import spare_rows
-from training.sharding import in_step
+from training.sharding import backward, in_step
 
 
 def minibatch_order(episodes: int, options: PPOOptions, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -35,6 +35,8 @@ class Updates:
         self.per_step = per_step
         self.policy = Optimiser(actors.policy, options, steps=steps * per_step)
         self.value = Optimiser(actors.value, value_options, steps=steps * per_step)
+        for optimiser in (self.policy, self.value):
+            optimiser.start(actors.processes)
 
     @property
     def skipped(self) -> int:
@@ -95,8 +97,8 @@ class Updates:
         """A pass forth and back that teaches nothing: another process has one more micro-batch, and sharded weights are gathered by all."""
         padded = spare_rows(self.actors.encoder.pad_id, self.actors.processes.device)
         with self.actors.processes.autocast():
-            (0.0 * self.actors.logps(self.actors.policy, padded).sum()).backward()
-            (0.0 * self.actors.values(padded).sum()).backward()
+            backward(self.actors.policy, 0.0 * self.actors.logps(self.actors.policy, padded).sum())
+            backward(self.actors.value, 0.0 * self.actors.values(padded).sum())
 
     def _backward(self, experience: Experience, aims: Targets, indices: list[int], tokens: int) -> tuple[float, Sums]:
         """One micro-batch. Policy and value are two models: the graph of the first is gone before the second is built."""
@@ -111,12 +113,12 @@ class Updates:
             logps = actors.logps(actors.policy, padded)[:, :width]
         terms = policy_terms(logps, old_logps, advantages, self.options.clip_range)
         policy_loss = terms.loss.masked_fill(~mask, 0).sum()
-        (policy_loss / tokens).backward()
+        backward(actors.policy, policy_loss / tokens)
         with actors.processes.autocast():
             values = actors.values(padded)[:, :width]
         losses, value_clipped = value_terms(values, old_values, returns, self.options.value_clip_range or None)
         value_loss = losses.masked_fill(~mask, 0).sum()
-        (value_loss / tokens).backward()
+        backward(actors.value, value_loss / tokens)
         here = float(mask.sum())
         sums: Sums = {
             "policy_loss": (float(policy_loss.detach()), here),

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import rewardmodel.train
 from alignment.ppo import train as ppo
 from tests.alignment.letters import ppo_run, write_models, write_prompts
-from tests.training.tiny import REPOSITORY, events, llama, make_run, snapshot
+from tests.training.tiny import REPOSITORY, events, llama, make_run, snapshot, start
 from training.errors import InputError
 from training.launched import of_config_file, sharding_asked, take_sharding
 from training.rundir import RunDirectory, file_digest
@@ -86,8 +87,9 @@ def home(tmp_path_factory) -> Path:
 
 
 def new_run(home: Path, name: str) -> RunDirectory:
-    if name.endswith("reward"):
-        return make_run(home / name, "reward", model=home / "words", data=home / "rankings.jsonl", **REWARD)
+    if name.endswith(("reward", "halves")):
+        ties = "half" if name.endswith("halves") else "davidson"
+        return make_run(home / name, "reward", model=home / "words", data=home / "rankings.jsonl", ties=ties, **REWARD)
     return ppo_run(home / name, home, **PPO, lora_rank=4 if name.endswith("lora") else 0)
 
 
@@ -188,3 +190,47 @@ def test_a_rollout_gathers_each_part_of_each_model_once(together):
     gathers = told.pop("gathers")
     assert told == {"policy": 3, "reference": 3, "value": 2, "reward": 2}, "blocks, and what is left, of two layers and of one"
     assert gathers == sum(told.values())
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def by_deepspeed(request, home: Path) -> tuple[str, Path]:
+    """The same by DeepSpeed, where it is installed (the first time, it compiles for a minute)."""
+    pytest.importorskip("deepspeed")
+    kind = request.param
+    plan = [{"kind": kind, "run": str(new_run(home, f"{kind}-{name}").path)} for name in ("ppo", "lora", "halves")]
+    source = str(home / f"{kind}-ppo" / "checkpoints" / "step-2")
+    plan.append({"kind": kind, "run": str(new_run(home, f"{kind}-again-ppo").path), "resume_from": source})
+    in_two_processes(plan, home)
+    return kind, home
+
+
+@pytest.mark.training
+def test_deepspeed_gives_the_weights_of_one_process(by_deepspeed, alone):
+    kind, home = by_deepspeed
+    rewardmodel.train.run(new_run(home, f"alone-{kind}-halves"))
+    for name in ("ppo", "lora"):
+        for file in (POLICY, VALUE):
+            assert furthest(home / f"alone-{name}" / file, home / f"{kind}-{name}" / file) < 1e-4
+        assert furthest(home / "policy" / "model.safetensors", home / f"{kind}-{name}" / POLICY) > 1e-3, "nothing was learnt"
+    assert furthest(home / f"alone-{kind}-halves" / POLICY, home / f"{kind}-halves" / POLICY) < 1e-5
+
+
+@pytest.mark.training
+def test_a_run_by_deepspeed_resumes_in_two_processes_and_in_one(by_deepspeed, alone):
+    kind, home = by_deepspeed
+    for file in (POLICY, VALUE):
+        assert file_digest(home / f"{kind}-ppo" / file) == file_digest(home / f"{kind}-again-ppo" / file)
+    run = new_run(home, f"on-{kind}-ppo")
+    shutil.copytree(home / f"{kind}-ppo" / "checkpoints" / "step-2", run.checkpoints / "step-2")
+    ppo.run(run)
+    assert furthest(home / "alone-ppo" / POLICY, run.path / POLICY) < 1e-4
+
+
+@pytest.mark.training
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_without_deepspeed_the_error_says_what_to_install_or_launch_instead(home):
+    run = new_run(home, "no-deepspeed")
+    child = start(run, "--config_file", str(LAUNCH / "zero3.yaml"))
+    assert child.wait(120) == 2, child.communicate()[0]
+    assert "DeepSpeed is not installed" in run.error()["error"]
+    assert "fsdp2.yaml" in run.error()["remedy"]
