@@ -35,7 +35,6 @@ REWARD = {
     "learning_rate": 1e-3,
     "tokens_per_micro_batch": 60,
     "learning_curve": [],
-    "ties": "davidson",
 }
 REWARD |= {"checkpoint_steps": 3, "evaluate_steps": 2}
 
