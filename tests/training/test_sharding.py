@@ -120,7 +120,7 @@ def together(home: Path) -> Path:
         plan += [{"kind": kind, "run": str(new_run(home, f"{kind}-{name}").path)} for name in names]
     again = new_run(home, "fsdp2-again-lora")
     plan.append({"kind": "fsdp2", "run": str(again.path), "resume_from": str(home / "fsdp2-lora" / "checkpoints" / "step-2")})
-    plan.append({"kind": "count", "run": str(new_run(home, "counted").path)})
+    plan.append({"kind": "count-fsdp2", "run": str(new_run(home, "counted").path)})
     in_two_processes(plan, home)
     return home
 
@@ -199,6 +199,7 @@ def by_deepspeed(request, home: Path) -> tuple[str, Path]:
     plan = [{"kind": kind, "run": str(new_run(home, f"{kind}-{name}").path)} for name in ("ppo", "lora", "halves")]
     source = str(home / f"{kind}-ppo" / "checkpoints" / "step-2")
     plan.append({"kind": kind, "run": str(new_run(home, f"{kind}-again-ppo").path), "resume_from": source})
+    plan.append({"kind": f"count-{kind}", "run": str(new_run(home, f"counted-{kind}").path)})
     in_two_processes(plan, home)
     return kind, home
 
@@ -223,6 +224,13 @@ def test_a_run_by_deepspeed_resumes_in_two_processes_and_in_one(by_deepspeed, al
     shutil.copytree(home / f"{kind}-ppo" / "checkpoints" / "step-2", run.checkpoints / "step-2")
     ppo.run(run)
     assert furthest(home / "alone-ppo" / POLICY, run.path / POLICY) < 1e-4
+
+
+@pytest.mark.training
+def test_a_rollout_by_deepspeed_gathers_each_weight_once(by_deepspeed):
+    kind, home = by_deepspeed
+    told = json.loads((home / f"counted-{kind}" / "gathers.json").read_text())
+    assert told["gathers"] == (told["policy"] + told["value"] if kind == "zero3" else 0)
 
 
 @pytest.mark.training

@@ -1,7 +1,7 @@
 """One of two processes that do several runs one after the other, so that a test pays for starting them once.
 
 `python -m tests.training.together PLAN`: a JSON list of {kind, run, resume_from}; kind is how weights are shared ("none": not at all), or
-"count": how often weights are gathered by one rollout. Its answer is `gathers.json` in the run directory.
+"count-fsdp2" and the like: how often weights are gathered by one rollout. Its answer is `gathers.json` in the run directory.
 """
 
 import importlib
@@ -21,6 +21,7 @@ from alignment.ppo.actors import load_actors
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.train import read_inputs
 from training.encode import Encoder
+from training.optimiser import Optimiser
 from training.options import parse_options
 from training.processes import Processes
 from training.rundir import RunDirectory
@@ -47,17 +48,19 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_gathers(run: RunDirectory) -> dict[str, int]:
+def count_gathers(run: RunDirectory, kind: str) -> dict[str, int]:
     """Three prompts, so that the processes write different numbers of tokens."""
-    os.environ.update(ASKED["fsdp2"])
+    os.environ.update(ASKED[kind])
     options = parse_options(PPOOptions, run.options)
     encoder, processes = Encoder.of(run.inputs["model"], options), Processes(options.dtype)
     prompts, _, _ = read_inputs(run, encoder, options)
     actors = load_actors(run, encoder, options, processes)
+    for model in (actors.policy, actors.value):
+        Optimiser(model, options, steps=1).start(processes)
     with Collectives() as collectives:
         actors.experience([prompt.prompt_ids for prompt in prompts[:3]], 1, seed=0, step=0)
     models = {"policy": actors.policy, "reference": actors.reference, "value": actors.value, "reward": actors.scorer.model}
-    parts = {name: len(entry.parts()) for name, model in models.items() if (entry := entry_of(model))}
+    parts = {name: len(entry.parts()) or len(list(model.parameters())) for name, model in models.items() if (entry := entry_of(model))}
     return {"gathers": collectives.counts["_allgather_base_"], **parts}
 
 
@@ -66,8 +69,8 @@ def main(plan: list[dict[str, str]]) -> None:
     main_process = os.environ["RANK"] == "0"
     for entry in plan:
         run = RunDirectory.open(entry["run"])
-        if entry["kind"] == "count":
-            told = count_gathers(run)
+        if entry["kind"].startswith("count-"):
+            told = count_gathers(run, entry["kind"].removeprefix("count-"))
             if main_process:
                 (run.path / "gathers.json").write_text(json.dumps(told))
             continue
