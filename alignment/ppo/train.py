@@ -13,6 +13,7 @@ Huang et al. 2024, arXiv:2403.17031 (the details that matter).
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def run(run_directory: RunDirectory) -> None:
     run_directory.event("counts", **counts)
     actors = load_actors(run_directory, encoder, options, processes)
     check_room(actors.policy, [*prompts, *watched], options.max_completion_tokens)
-    PPO(run_directory, options, actors, prompts, watched).train(counts)
+    with closing(actors.engine):
+        PPO(run_directory, options, actors, prompts, watched).train(counts)
 
 
 class PPO:

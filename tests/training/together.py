@@ -55,7 +55,7 @@ def count_gathers(run: RunDirectory, kind: str) -> dict[str, int]:
     encoder, processes = Encoder.of(run.inputs["model"], options), Processes(options.dtype)
     prompts, _, _ = read_inputs(run, encoder, options)
     actors = load_actors(run, encoder, options, processes)
-    for model in (actors.policy, actors.value):
+    for model in actors.voices.trained.values():
         Optimiser(model, options, steps=1).start(processes)
     with Collectives() as collectives:
         actors.experience([prompt.prompt_ids for prompt in prompts[:3]], 1, seed=0, step=0)
