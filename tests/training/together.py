@@ -59,7 +59,8 @@ def count_gathers(run: RunDirectory, kind: str) -> dict[str, int]:
         Optimiser(model, options, steps=1).start(processes)
     with Collectives() as collectives:
         actors.experience([prompt.prompt_ids for prompt in prompts[:3]], 1, seed=0, step=0)
-    models = {"policy": actors.policy, "reference": actors.reference, "value": actors.value, "reward": actors.scorer.model}
+    voices = actors.voices
+    models = {"policy": actors.policy, "reference": voices.reference, "value": voices.value, "reward": voices.scorer.model}
     parts = {name: len(entry.parts()) or len(list(model.parameters())) for name, model in models.items() if (entry := entry_of(model))}
     return {"gathers": collectives.counts["_allgather_base_"], **parts}
 
