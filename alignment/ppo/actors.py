@@ -151,6 +151,7 @@ class Actors:
             entropies=entropies,
             reference_logps=judged.reference_logps,
             values=judged.values,
+            base_values=judged.base_values,
             scores=seen.of(self.options.reward_view, self.options.spread_weight),
             means=seen.mean,
             spreads=seen.spread,
@@ -207,7 +208,7 @@ def _shared(run_directory: RunDirectory, options: PPOOptions, notes: RewardNotes
     inputs, lora = run_directory.inputs, Lora.of(options)
     assert lora is not None
     slots, reward = load_slots(inputs["model"], inputs["reward_model"], notes, lora=lora, **_given(run_directory, options, manner))
-    return Shared(slots, reward, manner, has_value_model=options.has_value_model)
+    return Shared(slots, reward, manner, options.shared_value if options.has_value_model else None)
 
 
 def _separate(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, manner: Manner) -> Voices:

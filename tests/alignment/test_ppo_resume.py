@@ -78,7 +78,9 @@ def test_wherever_a_step_is_interrupted_the_run_goes_on_to_the_same_bits(home: P
 
 def test_a_shared_backbone_is_interrupted_and_resumed_alike(tmp_path: Path, monkeypatch):
     home = write_home(tmp_path / "home", KINDS["one"])
-    runs = [ppo_run(tmp_path / name, home, backbone="shared", lora_rank=4, **SMALL) for name in ("whole", "stopped")]
+    runs = [
+        ppo_run(tmp_path / name, home, backbone="shared", lora_rank=4, shared_value="adapter", **SMALL) for name in ("whole", "stopped")
+    ]
     ppo.run(runs[0])
     stopped_at(runs[1], 8, monkeypatch)
     ppo.run(RunDirectory.open(runs[1].path))
