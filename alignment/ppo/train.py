@@ -132,6 +132,7 @@ class PPO:
             processes=self.processes.world,
             device=str(self.processes.device),
             dtype=self.processes.dtype,
+            sharding=self.processes.sharding,
             first_step=first,
         )
         if first == 0:
