@@ -119,6 +119,7 @@ class PPO:
             processes=self.processes.world,
             device=str(self.processes.device),
             dtype=self.processes.dtype,
+            sharding=self.processes.sharding,
             first_step=first,
             models=self.actors.kind,
         )
