@@ -23,8 +23,19 @@ from training.language_model import Lora, frozen_copy, load_policy
 from training.pack import Row
 from training.processes import Processes
 from training.rundir import RunDirectory
+from training.sharding import gathered
 
 Drawn = dict[int, list[Sample]]  # place of a prompt -> its samples
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What came of drawing and judging: the episodes, or, where someone paused, what this process has drawn. Seconds are its own."""
+
+    drawn: Drawn
+    experience: Experience | None
+    seconds_generate: float
+    seconds_score: float
 
 
 @dataclass(slots=True)
@@ -86,20 +97,38 @@ class Actors:
         """Scores, KL and values of all that was drawn; every process gets all episodes, in the order of the prompts."""
         places = sorted(drawn)
         mine = self._judged([sample for place in places for sample in drawn[place]], with_values)
-        gathered = self.processes.gather((places, mine))
-        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
+        shares = self.processes.gather((places, mine))
+        source = [place * samples + sample for part, _ in shares for place in part for sample in range(samples)]
         order = sorted(range(len(source)), key=source.__getitem__)
-        return join([part for _, part in gathered], order)
+        return join([part for _, part in shares], order)
 
-    def experience(
-        self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True
-    ) -> tuple[Experience, dict[str, float]]:
-        """Draw and judge in one go.   Returns: the episodes, and seconds by part (`seconds_generate`, `seconds_score`) on this process."""
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        *,
+        seed: int,
+        step: int,
+        with_values: bool = True,
+        drawn: Drawn | None = None,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> Rollout:
+        """Draw, and judge once every process has all of its share; weights that are sharded are gathered once for both."""
         started = time.monotonic()
-        drawn = self.draw(prompts, samples, seed=seed, step=step)
-        sampled = time.monotonic()
-        found = self.judge(drawn, samples, with_values=with_values)
-        return found, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
+        with gathered(self.policy):
+            found = self.draw(prompts, samples, seed=seed, step=step, drawn=drawn, pause=pause)
+            (missing,) = self.processes.any(len(found) < len(self.share(prompts)))
+            sampled = time.monotonic()
+            if missing:
+                return Rollout(found, None, sampled - started, 0.0)
+            experience = self.judge(found, samples, with_values=with_values)
+        return Rollout({}, experience, sampled - started, time.monotonic() - sampled)
+
+    def experience(self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True) -> Experience:
+        """Draw and judge in one go."""
+        found = self.rollout(prompts, samples, seed=seed, step=step, with_values=with_values).experience
+        assert found is not None  # nobody pauses
+        return found
 
     def _judged(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
         rows = [sample.row for sample in drawn]
@@ -155,6 +184,8 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
     engine = engine_of(options.engine, place)
     manner = Manner(encoder.pad_id, options.max_completion_tokens, options.temperature, processes)
     why_not = why_not_shared(inputs["model"], inputs["reward_model"], inputs.get("reference"), options.lora_rank)
+    if not why_not and processes.sharding != "none":
+        why_not = "the weights of separate models are spread over the processes"
     if options.backbone == "shared" and why_not:
         raise InputError(f"backbone = shared cannot be: {why_not}.", remedy="Mend that, or set backbone = 'separate' (or 'auto').")
     if options.backbone != "separate" and not why_not:

@@ -13,6 +13,7 @@ Huang et al. 2024, arXiv:2403.17031 (the details that matter).
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ from alignment.ppo.buffer import Work, whole_work, work_from
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
 from alignment.ppo.guards import duplicate_share
 from alignment.ppo.importance import mismatch_metrics
+from alignment.ppo.inputs import read_inputs, step_count, step_prompts
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
 from alignment.ppo.update import Tally, Updates
 from alignment.ppo.watch import STOPPED_MODEL, Watch
-from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
+from alignment.prompts import EncodedPrompt, check_room
 from training.artefact import save_verified
 from training.checkpoint import (
     State,
-    load_optimiser_state,
     load_trained,
-    optimiser_state,
     random_state,
     restore_newest,
     set_random_state,
@@ -47,11 +47,12 @@ from training.errors import Stopped, TrainingFailed
 from training.language_model import load_policy, save_model
 from training.objective import PROBED_ROWS
 from training.options import parse_options
-from training.pack import Row, epoch_order
+from training.pack import Row
 from training.processes import Processes
 from training.progress import Progress, stop_requested
 from training.row_logps import row_logps
 from training.rundir import RunDirectory, file_digest
+from training.sharding import gathered
 
 # Evaluations draw the same uniform numbers each time, apart from those of every step: what differs between two of them is the policy.
 EVALUATION_STREAM = 2**31 - 1
@@ -71,33 +72,8 @@ def run(run_directory: RunDirectory) -> None:
     run_directory.event("counts", **counts)
     actors = load_actors(run_directory, encoder, options, processes)
     check_room(actors.policy, [*prompts, *watched], options.max_completion_tokens)
-    PPO(run_directory, options, actors, prompts, watched).train(counts)
-
-
-def read_inputs(
-    run_directory: RunDirectory, encoder: Encoder, options: PPOOptions
-) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
-    """(training prompts, prompts of the evaluations, counts). Evaluations use held-out prompts, or training ones where there are none."""
-    rows = prompt_rows(run_directory.data_file())
-    train_rows, _ = choose_split(rows, "train")
-    held_out = [row for row in rows if row.split == "held_out"]
-    prompts, counts = encode_prompts(train_rows, encoder, max_dropped_share=options.max_dropped_share)
-    watched_rows = (held_out or train_rows)[: options.evaluation_prompts]
-    watched, watched_counts = encode_prompts(watched_rows, encoder, max_dropped_share=options.max_dropped_share)
-    return prompts, watched, {"train": counts, "evaluation": {**watched_counts, "split": "held_out" if held_out else "train"}}
-
-
-def step_prompts(count: int, step: int, per_step: int, seed: int) -> list[int]:
-    """Indices of the prompts of a step: epoch after epoch, each in an order of its own. Depends on its arguments alone."""
-    first = step * per_step
-    epochs = range(first // count, (first + per_step - 1) // count + 1)
-    order = [index for epoch in epochs for index in epoch_order(count, seed=seed, epoch=epoch)]
-    start = first - epochs[0] * count
-    return order[start : start + per_step]
-
-
-def step_count(count: int, options: PPOOptions) -> int:
-    return options.max_steps or max(1, -int(-options.epochs * count // options.prompts_per_step))
+    with closing(actors.engine):
+        PPO(run_directory, options, actors, prompts, watched).train(counts)
 
 
 class PPO:
@@ -219,8 +195,9 @@ class PPO:
         action = self.watch.answer(step)
         if action == "stop":
             self.save_checkpoint(step)
-            if self.processes.is_main:
-                save_model(self.actors.policy, self.actors.encoder, self.run.path / STOPPED_MODEL)
+            with gathered(self.actors.policy):
+                if self.processes.is_main:
+                    save_model(self.actors.policy, self.actors.encoder, self.run.path / STOPPED_MODEL)
             self.processes.barrier()
             raise self.watch.error(step)
         if action == "rollback":
@@ -234,20 +211,17 @@ class PPO:
 
     def _sampled(self, step: int, work: Work) -> Experience:
         """The episodes of a step; what was drawn before an interruption is not drawn again."""
-        prompts, samples, clock = self._prompts(step), self.options.samples_per_prompt, time.monotonic()
+        prompts, samples = self._prompts(step), self.options.samples_per_prompt
         while True:
-            work.drawn = self.actors.draw(
+            found = self.actors.rollout(
                 prompts, samples, seed=self.run.seed, step=step, drawn=work.drawn, pause=lambda: stop_requested() or self._due()
             )
-            clock = work.timed("generate", clock)
-            (missing,) = self.processes.any(len(work.drawn) < len(self.actors.share(prompts)))
-            if not missing:
-                break
+            work.drawn, work.experience = found.drawn, found.experience
+            work.seconds["generate"] += found.seconds_generate
+            work.seconds["score"] += found.seconds_score
+            if found.experience is not None:
+                return found.experience
             self.pause(step, work, always=True)
-        work.experience = self.actors.judge(work.drawn, samples)
-        work.drawn = {}
-        work.timed("score", clock)
-        return work.experience
 
     def _prompts(self, step: int) -> list[list[int]]:
         chosen = step_prompts(len(self.prompts), step, self.options.prompts_per_step, self.run.seed)
@@ -286,7 +260,7 @@ class PPO:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """One completion for each watched prompt, scored: an `evaluation` event, and the texts in `samples.jsonl`."""
-        experience, _ = self.actors.experience(
+        experience = self.actors.experience(
             [prompt.prompt_ids for prompt in self.watched], 1, seed=self.run.seed, step=EVALUATION_STREAM, with_values=False
         )
         texts = [self.actors.encoder.decode(row.completion_ids) for row in experience.rows]
@@ -298,22 +272,22 @@ class PPO:
         return metrics
 
     def _trained(self) -> State:
-        """What training changes: weights, optimisers, KL coefficient."""
+        """What training changes: weights, optimisers, KL coefficient. Every process comes here."""
         tensors = {name: trained_tensors(part) for name, part in self.actors.voices.trained.items()}
-        tensors |= {f"{name}_optimiser": optimiser_state(one.adamw) for name, one in self.updates.optimisers.items()}
+        tensors |= {f"{name}_optimiser": optimiser.state() for name, optimiser in self.updates.optimisers.items()}
         return State(tensors, {"kl_coefficient": self.kl_coefficient})
 
     def _load_trained(self, state: State) -> None:
         for name, part in self.actors.voices.trained.items():
             load_trained(part, state.tensors[name])
-            load_optimiser_state(self.updates.optimisers[name].adamw, state.tensors[f"{name}_optimiser"])
+            self.updates.optimisers[name].load_state(state.tensors[f"{name}_optimiser"])
         self.kl_coefficient = state.values["kl_coefficient"]
 
     def save_checkpoint(self, step: int, work: Work | None = None) -> None:
         """Every process comes here; the first one writes. `work` is the next step's, where that has begun."""
         buffer = whole_work(work, self.processes) if work else State()
+        trained = self._trained()
         if self.processes.is_main:
-            trained = self._trained()
             values = {
                 **trained.values,
                 **buffer.values,
@@ -376,24 +350,25 @@ class PPO:
             "rollbacks": float(self.watch.rollbacks),
         }
         actors, verify = self.actors, self.options.verify_saved
-        refusal = (
-            save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
-        )
+        with gathered(actors.policy):
+            refusal = (
+                save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
+            )
         if (told := self.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save_checkpoint(self.steps)
             error, remedy = told
             raise TrainingFailed(error, remedy=remedy)
+        if "value" in actors.voices.trained:
+            actors.voices.save_value(self.run.path / "value_model", actors.encoder)
         if self.processes.is_main:
-            artefacts = {
+            artefacts: dict[str, Any] = {
                 "model": str(self.run.model_folder),
                 "weights": {file.name: file_digest(file) for file in sorted(self.run.model_folder.glob("*.safetensors"))},
                 "encoder_digest": self.actors.encoder.digest,
                 "samples": str(self.samples.path),
             }
             if "value" in actors.voices.trained:
-                folder = self.run.path / "value_model"
-                actors.voices.save_value(folder, actors.encoder)
-                artefacts["value_model"] = str(folder)
+                artefacts["value_model"] = str(self.run.path / "value_model")
             self.run.write_result(metrics=metrics, artefacts=artefacts, seconds=self.progress.seconds, counts=counts)
         self.run.event("end", status="done", step=self.steps)
         self.processes.barrier()

@@ -20,6 +20,7 @@ from training.errors import TrainingFailed
 from training.gradients import free_memory, ran_out_of_memory
 from training.optimiser import Optimiser, Update
 from training.processes import Sums, add_sums
+from training.sharding import backward, keeps_step
 
 
 def minibatch_order(episodes: int, options: PPOOptions, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -74,6 +75,8 @@ class Updates:
             name: Optimiser(part, value_options if name == "value" else options, steps=steps * self.per_step)
             for name, part in actors.voices.trained.items()
         }
+        for optimiser in self.optimisers.values():
+            optimiser.start(actors.processes)
 
     @property
     def skipped(self) -> int:
@@ -135,12 +138,17 @@ class Updates:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
+            if keeps_step(self.actors.policy):
+                raise TrainingFailed(
+                    "Memory ran out in an update, and a pass through sharded weights cannot be made again by one process alone.",
+                    remedy=f"Set tokens_per_micro_batch below {self.budget} (the update stays the same), or start more processes.",
+                ) from error
             return None
         return deviation
 
     def _halve(self) -> None:
         for optimiser in self.optimisers.values():
-            optimiser.adamw.zero_grad(set_to_none=True)
+            optimiser.clear()
         free_memory()
         if self.budget == 1:
             raise TrainingFailed(
@@ -170,14 +178,14 @@ class Updates:
             for name, values in (("approximate_kl", terms.approximate_kl), ("clip_share", terms.clipped), ("ratio", terms.ratio)):
                 _count(sums, name, values, mask)
             _count(sums, "policy_loss", terms.loss, mask)
-            deviation = float((terms.ratio[mask] - 1).abs().max())
+            deviation = float((terms.ratio - 1).masked_fill(~mask, 0).abs().max()) if episodes else 0.0
         if said.values is not None and aims.returns is not None:
             old_values, returns = experience.values[episodes].to(device), aims.returns[episodes].to(device)
             errors, clipped = value_terms(said.values[:, :width], old_values, returns, self.options.value_clip_range or None)
             loss = loss + errors.masked_fill(~mask, 0).sum() / batch.tokens
             _count(sums, "value_loss", errors, mask)
             _count(sums, "value_clip_share", clipped, mask)
-        loss.backward()
+        backward(said.model, loss)
         return deviation
 
 

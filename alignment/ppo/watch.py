@@ -56,8 +56,8 @@ class Watch:
         self.waiting += self.guards.check_evaluation(step, metrics)
         if self.options.on_alarm != "rollback" or self.waiting or not self.guards.calm:
             return
+        kept = state()  # every process: sharded weights are gathered by all
         if self.processes.is_main:
-            kept = state()
             kept.values |= {"guards": self.guards.state(), "metrics": metrics}
             write_checkpoint(self.folder, step, kept, keep=1 << 30)
         self.good_step = step

@@ -3,6 +3,7 @@
 vLLM itself is not run here: its server's documented JSON is, with real completions behind it (`tests.alignment.vllm_stand`)."""
 
 import json
+import math
 import socket
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from alignment.rollout.engines import BuiltIn, Continuous, Engine, Place, engine
 from alignment.rollout.sampling import Sample, Sampling
 from alignment.rollout.vllm import Server, checked_url
 from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
+from tests.alignment.test_ppo import Setting
 from tests.alignment.vllm_stand import VllmStand
 from training.errors import InputError, TrainingFailed
 from training.language_model import completion_logps, save_model
@@ -166,6 +168,22 @@ def test_generate_writes_with_the_engine_that_was_asked_for(home: Path, tmp_path
     generate.run(run)
     assert len((run.path / "completions.jsonl").read_text().splitlines()) == 10
     assert len(stand.of("/v1/completions")) == 5
+
+
+@pytest.mark.training
+def test_a_token_that_the_engine_writes_too_seldom_counts_for_more_up_to_the_cap(home: Path, tmp_path: Path):
+    """Log-probabilities ln 1.2 below the trainer's make each token, and so the policy's gradient, count 1.2 times; ln 2 is cut at 1.5."""
+    setting = Setting(home, tmp_path / "run", importance_cap=1.5)
+    experience, policy = setting.experience, setting.actors.policy
+    found = {}
+    for factor in (1.0, 1.2, 2.0):
+        experience.engine_logps = experience.logps - math.log(factor)
+        setting.updates._accumulate(experience, setting.aims, 0.05, list(range(len(experience.rows))), {})
+        found[factor] = torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
+        policy.zero_grad(set_to_none=True)
+    assert found[1.0].abs().max() > 1e-4
+    assert torch.allclose(found[1.2], 1.2 * found[1.0], rtol=1e-4, atol=1e-7)
+    assert torch.allclose(found[2.0], 1.5 * found[1.0], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.training
