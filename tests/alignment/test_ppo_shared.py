@@ -16,7 +16,7 @@ from tests.alignment.test_ppo import Setting, events
 from training.errors import InputError
 from training.language_model import Lora, load_policy, save_model
 from training.pack import Row
-from training.slots import SlotLora
+from training.slots import MERGED_ROWS, SlotLora, Switch
 
 pytestmark = pytest.mark.training
 KINDS = {"one": Ensemble(), "heads": Ensemble(3, "heads"), "adapters": Ensemble(3, "adapters")}
@@ -166,3 +166,24 @@ def test_full_weights_cannot_share(homes: dict[str, Path], tmp_path: Path):
     with pytest.raises(InputError, match="lora_rank = 0 trains all weights"):
         Setting(homes["one"], tmp_path / "run", backbone="shared")
     assert Setting(homes["one"], tmp_path / "auto").actors.kind == "separate models"
+
+
+def test_an_adapter_added_to_its_weight_says_and_learns_the_same():
+    """Many rows take one product with the sum of weights, few take the adapter's own way."""
+    torch.manual_seed(0)
+    switch = Switch(("policy",))
+    layer = SlotLora(torch.nn.Linear(24, 40).requires_grad_(False), switch)
+    layer.put("policy", torch.randn(4, 24), torch.randn(40, 4), 0.5, trained=True)
+    many = torch.randn(2, MERGED_ROWS, 24, requires_grad=True)
+    merged = layer(many)
+    merged.square().sum().backward()
+    found = [tensor.grad.clone() for tensor in (many, layer.lora_a["policy"], layer.lora_b["policy"])]
+    expected = many.detach() @ (layer.layer.weight + 0.5 * layer.lora_b["policy"] @ layer.lora_a["policy"]).T + layer.layer.bias
+    torch.testing.assert_close(merged, expected)
+    for tensor in (many, layer.lora_a["policy"], layer.lora_b["policy"]):
+        tensor.grad = None
+    few = torch.cat([layer(part) for part in many.flatten(0, 1).split(16)])
+    torch.testing.assert_close(few, merged.flatten(0, 1))
+    few.square().sum().backward()
+    for tensor, gradient in zip((many, layer.lora_a["policy"], layer.lora_b["policy"]), found, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-4, atol=1e-3)

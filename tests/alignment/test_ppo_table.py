@@ -72,6 +72,7 @@ def episodes(table: Table, rows: Tensor, values: Tensor, count: int) -> tuple[Ex
         values=values.detach()[states],
         base_values=torch.zeros_like(old),
         scores=table.rewards[tokens[:, 0], tokens[:, 1]],
+        means=torch.zeros(count),
         spreads=torch.zeros(count),
         finished=torch.ones(count, dtype=torch.bool),
     )
