@@ -90,6 +90,9 @@ class PPOOptions(GuardOptions):
             "top_k, top_p and repetition_penalty are refused in training: the tokens would be drawn from another distribution than the one "
             "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
         )
+        require(
+            self.kl_coefficient > 0 or not self.kl_target_nats, "kl_target_nats multiplies kl_coefficient: give one above 0 to start from."
+        )
         self._check_estimator()
         require(self.importance_cap >= 1, "importance_cap must be at least 1, or tokens on which engine and trainer agree are cut.")
         require_engine(self.engine, self.engine_url)

@@ -5,6 +5,7 @@ have been trained as LoRA over the very model PPO starts from, which is checked 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from training.merge import merged, plain_weight
 from training.pack import Row
 from training.packed_model import packs_rows
 from training.readings import Reading, Speech, readings
-from training.rundir import write_atomically
+from training.rundir import replace_folder, write_atomically
 from training.slots import BARE, WEIGHTS, SlotLora, Slots
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ class Shared:
         if not rows:  # fewer prompts than processes
             nothing = torch.zeros((0, self.manner.width))
             return Judged(nothing, nothing, nothing, nothing, torch.zeros((0, len(self.reward.heads.weight))))
-        parts = list(self._passes(read, judge, budget * len(asked), asked))
+        parts = list(self._passes(read, judge, budget, asked))
         return in_order([numbers for numbers, _ in parts], [part for _, part in parts])
 
     def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
@@ -126,10 +127,18 @@ class Shared:
         if not self.manner.processes.is_main:
             return
         if self.value == "head":
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().cpu() for name, tensor in self.value_head.state_dict().items()}, folder / "head.safetensors")
-            note = {"format": VALUE_FORMAT, "value": "normalised score of reward_model + head on the last hidden state of policy"}
-            write_atomically(folder / "rankloop_value.json", json.dumps({**note, "reward_model": self.reward.folder, "policy": "../model"}))
+            beside = folder.with_name(f".{folder.name}.new")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_file({name: tensor.detach().cpu() for name, tensor in self.value_head.state_dict().items()}, beside / "head.safetensors")
+            note = {
+                "format": VALUE_FORMAT,
+                "value": "normalised score of reward_model + head on the last hidden state of policy",
+                "reward_model": str(Path(self.reward.folder).resolve()),
+                "policy": "../model",
+            }
+            write_atomically(beside / "rankloop_value.json", json.dumps(note, indent=2))
+            replace_folder(beside, folder)
             return
         with self.policy.speaking(VALUE):
             plain = merged(self.policy)
@@ -229,8 +238,9 @@ def _checked_heads(slots: Slots, names: tuple[str, ...], reward_model: Path, mod
                     elif key.startswith(f"{slots.model.base_model_prefix}."):
                         expected = _expected(slots, key, add=len(names) == 1)
                         if expected is None or expected.shape != tensor.shape or not _near(expected, tensor):
+                            difference = "has no place in it" if expected is None else "differs"
                             raise InputError(
-                                f"The reward model {reward_model} stands on another backbone than {model}: {key} differs.",
+                                f"The reward model {reward_model} stands on another backbone than {model}: {key} {difference}.",
                                 remedy="Train the reward model with lora_rank on the model PPO starts from, or set backbone = 'separate'.",
                             )
                         compared += 1

@@ -55,12 +55,13 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
         return []
     left = MOST_BYTES
     chosen = []
-    found = [module for module in model.modules() if type(module) is nn.Linear and _packs(module)]
+    inside = {module.layer for module in model.modules() if isinstance(module, SlotLora)}
+    found = [module for module in model.modules() if type(module) is nn.Linear and _packs(module) and module not in inside]
     for layer in sorted(found, key=lambda layer: -layer.weight.numel()):
-        left -= layer.weight.numel() * layer.weight.element_size()
-        if left < 0:
-            break
-        chosen.append(layer)
+        size = layer.weight.numel() * layer.weight.element_size()
+        if size <= left:
+            left -= size
+            chosen.append(layer)
     return chosen
 
 
