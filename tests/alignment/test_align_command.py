@@ -167,13 +167,15 @@ def test_jobs_are_listed_changed_and_logged(place):
     assert answered("jobs", "resume", "one")["state"] == "queued"
     job = job_claim(worker="w", lease_seconds=60, slots=1, free=1)
     job.folder.mkdir(parents=True)
-    (job.folder / "log.txt").write_text("first\nsecond\nthird\n")
-    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory", remedy="buy some"))
-    assert told("jobs", "logs", "one", "-n", "2") == "second\nthird\n"
+    (job.folder / "log.txt").write_text("first\nsecond\nthird\x1b[2J\n")
+    job_fail(job=job, fence=job.fence, ending=Ending(error="[/] no \x1b[2Jmemory", remedy="buy some"))
+    assert told("jobs", "logs", "one", "-n", "2") == "second\nthird\\x1b[2J\n"
     with pytest.raises(SystemExit) as ended:
         told("jobs", "logs", "one", "-f")
     assert ended.value.code == 1, "following a job that failed ends as it did"
     assert "buy some" in told("jobs", "show", "one")
+    assert "[/] no \\x1b[2Jmemory" in told("jobs", "list")
+    assert "\x1b" not in told("jobs", "list") + told("jobs", "show", "one") + told("jobs", "list", "--json")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,10 +9,9 @@ from django.test import Client
 
 from alignment.follow import alarms_of
 from alignment.models import Job
-from alignment.samples import read_samples
+from alignment.samples import printable, read_samples
 from alignment.services.claims import job_claim
 from alignment.services.jobs import JobRequest, job_create
-from alignment.tables import printable
 from annotation.models import User
 from training.rundir import RunDirectory
 

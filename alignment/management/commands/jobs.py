@@ -13,7 +13,7 @@ from alignment.management.commands.align import EXIT_CODES, HelpFormatter
 from alignment.methods import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_STOPPED
 from alignment.models import Job, TrainedModel
 from alignment.progress import facts
-from alignment.samples import read_samples
+from alignment.samples import printable, read_samples
 from alignment.selectors import (
     DISPUTED_FILE,
     align_command,
@@ -26,7 +26,7 @@ from alignment.selectors import (
     run_command,
 )
 from alignment.services.jobs import job_cancel, job_resume, job_retry
-from alignment.tables import figure_lines, jobs_table, printable, sample_lines
+from alignment.tables import figure_lines, jobs_table, sample_lines
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 
@@ -150,7 +150,7 @@ class Command(BaseCommand):
     def _facts(self, job: Job) -> list[str]:
         lines = [text for text in (facts(job),) if text]
         if job.error:
-            lines.append(f"error: {job.error} {job.remedy}".rstrip())
+            lines.append(printable(f"error: {job.error} {job.remedy}".rstrip()))
         if job.is_active and job.worker:
             lines.append(f"worker {job.worker}, attempt {job.attempt} of {job.max_attempts}")
         return [*lines, f"folder: {job.folder}"]
@@ -177,7 +177,8 @@ class Command(BaseCommand):
             data = stream.read()
         whole = data.rfind(b"\n") + 1  # so that no character is cut in two
         if whole:
-            self.stdout.write(data[:whole].decode("utf-8", "replace"), ending="")
+            # A carriage return of a progress bar is a new line here: nothing that was printed is hidden.
+            self.stdout.write(printable(data[:whole].decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")), ending="")
             self.stdout.flush()
         return offset + whole
 
@@ -192,11 +193,11 @@ class Command(BaseCommand):
         if given["json"]:
             self._json(job_summary(job))
         else:
-            self.stdout.write(f"{job.name} is {job.state}." + (f" {job.error}" if job.error else ""))
+            self.stdout.write(f"{job.name} is {job.state}." + (f" {printable(job.error)}" if job.error else ""))
         return code
 
     def _json(self, value: Any) -> None:
-        self.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        self.stdout.write(json.dumps(value, indent=2, default=str))  # ASCII alone, as above
 
 
 def _exit_of(jobs: list[Job]) -> int:
