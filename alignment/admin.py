@@ -6,7 +6,7 @@ from typing import Any
 from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import redirect, render
+from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.urls import URLPattern, path, reverse
 from django.utils.safestring import SafeString
@@ -90,7 +90,7 @@ class JobAdmin(ReadOnly):
     def live(self, request: HttpRequest, object_id: int) -> HttpResponse:
         if not self.has_view_permission(request):
             return HttpResponse(status=403)
-        job = Job.objects.get(pk=object_id)
+        job = get_object_or_404(Job, pk=object_id)
         return render(request, "alignment/_admin_progress.html", {"job": job, **_seen(job)})
 
     # -- columns

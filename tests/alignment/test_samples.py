@@ -132,6 +132,7 @@ def test_the_page_shows_an_evaluation_by_its_step_and_escapes_what_a_policy_wrot
         ("/runs/ppo/live/?step=10", "answer 0 at 10", "at 20 "),
         ("/runs/ppo/?step=15", "There is no evaluation at step 15", "at 10 "),
         ("/runs/ppo/?step=-1%3Cscript%3E", "answer 0 at 20", "at 10 "),
+        ("/runs/ppo/?step=" + "9" * 5000, "answer 0 at 20", "at 10 "),
     ):
         page = staff.get(address).content.decode()
         assert there in page

@@ -13,7 +13,8 @@ from training.language_model import load_policy
 
 
 class VllmStand:
-    """`requests` are the bodies it got, by path. `troubles`: statuses it answers first, with `words`; `models`: what it says of them; `raw`: log-probabilities as before temperature."""
+    """`requests` are the bodies it got, by path. `troubles`: statuses it answers first, with
+    `words`; `models`: what it says of them; `raw`: log-probabilities as before temperature."""
 
     def __init__(self, folder: Path, *, raw: bool = False, longest: int = 128) -> None:
         self.model = load_policy(folder)
