@@ -95,6 +95,11 @@ def test_a_missing_input_is_asked_for_by_the_name_of_its_flag(place):
     code, text = refused("align", "ppo", "--model", str(place / "start"), "--data", str(place / "rows.jsonl"))
     assert code == 2
     assert "--reward-model" in text
+    generate = ["align", "generate", "--model", str(place / "start"), "--data", str(place / "rows.jsonl"), "--set", "candidates=8"]
+    for keep in ("best", "rejection", "uncertain"):
+        code, text = refused(*generate, "--set", f"keep={keep}")
+        assert (code, "give --reward-model" in text) == (2, True)
+    assert not Job.objects.exists()
 
 
 def test_a_round_needs_rankings_and_names_its_steps(place, project):
