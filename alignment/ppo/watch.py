@@ -21,6 +21,7 @@ from training.rundir import RunDirectory, checkpoint_folders
 
 Action = Literal["warn", "stop", "rollback"]
 STOPPED_MODEL = "model.stopped"
+FEW_PROMPTS = 16  # of an evaluation: with fewer its means move by chance as far as a guard's limits are
 
 
 class Watch:
@@ -47,6 +48,12 @@ class Watch:
         if values is not None:
             self.guards.load_state(values["guards"])
             self.alarms, self.rollbacks, self.good_step = values["alarms"], values["rollbacks"], values["good_step"]
+
+    def warn_of_few(self, prompts: int) -> None:
+        """Say so where the run does what evaluations of a handful of prompts ask for."""
+        if self.options.on_alarm != "warn" and prompts < FEW_PROMPTS:
+            text = f"on_alarm = {self.options.on_alarm} heeds evaluations of {prompts} prompts: below {FEW_PROMPTS} they tell mostly chance"
+            self.run.event("warning", text=f"{text}. Hold more prompts out, or raise evaluation_prompts.")
 
     def saw_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.waiting += self.guards.check_step(step, metrics)

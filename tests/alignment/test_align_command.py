@@ -13,6 +13,7 @@ from alignment.models import Job, Round
 from alignment.services.claims import job_claim, job_fail
 from alignment.services.settling import Ending
 from annotation.models import Project, Prompt
+from training.rundir import RunDirectory
 
 pytestmark = pytest.mark.django_db
 
@@ -141,6 +142,8 @@ def test_set_goes_over_the_config_file(place):
 def test_a_dry_run_spells_out_every_option_and_queues_nothing(place, project):
     plan = json.loads(told(*sft(place), "--dry-run", "--set", "epochs=2"))
     assert plan["options"]["epochs"] == 2
+    by_hand = RunDirectory.create(place / "by-hand", **{key: plan[key] for key in ("method", "seed", "inputs", "options")})
+    assert by_hand.data_file().read_text() == (place / "rows.jsonl").read_text()  # as docs/data-flow.md, section 2, has it
     assert set(plan["options"]) == set(options_check("sft", {}))
     uncertain = ("--set", "reward.ensemble_size=4", "--set", "generate.candidates=4", "--set", "generate.keep=uncertain")
     chosen = json.loads(told("align", "round", "facts", "--model", str(place / "start"), "--dry-run", *uncertain))
