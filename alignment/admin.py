@@ -13,7 +13,7 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 
-from alignment.follow import alarms_of
+from alignment.follow import alarms_of, rollbacks_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration
 from alignment.samples import read_samples
@@ -84,7 +84,7 @@ class JobAdmin(ReadOnly):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         job = self.get_object(request, object_id)
-        shown = _seen(job) | {"written": read_samples(job.folder, limit=8)} if job else {}
+        shown = _seen(job) | {"written": read_samples(job.folder, limit=8, rollbacks=rollbacks_of(events_of(job=job)))} if job else {}
         return super().change_view(request, object_id, form_url, {**(extra_context or {}), "job": job, **shown})
 
     def live(self, request: HttpRequest, object_id: int) -> HttpResponse:
