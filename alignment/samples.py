@@ -1,7 +1,6 @@
 """What a run wrote for people to look at: `samples.jsonl`, by evaluation where it wrote at several, else `completions.jsonl`. Pure.
 
-A file grows with each evaluation and a page asks for it again and again, so it is read line by line, and only the rows that are shown are kept and
-parsed.
+A file grows with each evaluation and a page asks for it again and again, so it is read line by line, and only rows that are shown are kept.
 """
 
 import json

@@ -212,7 +212,7 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
     events = events_of(job=job)
     limit = ALL_SAMPLES if all_samples else FEW_SAMPLES
     written = read_samples(job.folder, limit=limit, step=step, rollbacks=rollbacks_of(events))
-    charts = charts_of(events)
+    charts, alarms = charts_of(events), alarms_of(events)
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
     knowledge = knowledge_of(job.folder / "model") if job.method == Job.Method.REWARD else None
     return {
@@ -224,7 +224,7 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
         "charts": [chart for chart in charts if chart.known],
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
-        "alarms": alarms_of(events)[:20],
+        "alarms": alarms[:20],
         "warned": sum(event.get("kind") == "warning" for event in events),
         "warnings": [event for event in events if event.get("kind") == "warning"][-20:][::-1],
         "ledger": ledger_of(counts_in(events)),
@@ -238,6 +238,8 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
         "command": run_command(job=job),
         "again": align_command(job=job),
         "can": _changes_possible(job),
+        # Resumed as it is, it stops again: then that is not what the page offers first.
+        "guards_stopped_it": job.state == Job.State.FAILED and bool(alarms) and alarms[0].get("action") == "stop",
     }
 
 

@@ -93,7 +93,8 @@ class Watch:
         before = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
         return TrainingFailed(
             f"Stopped by its guards at step {step}{before}: {names}. {seen}",
-            remedy=f"{remedies} The policy as it was stands in {self.run.path / STOPPED_MODEL}; resumed as it is, the run stops again.",
+            remedy=f"{remedies} Start a new run with that, from the same model or from the policy as it was when it was stopped "
+            f"(--model {self.run.path / STOPPED_MODEL}). Resumed as it is, this run stops again.",
         )
 
     def go_back(self, step: int) -> State:

@@ -11,8 +11,9 @@ from alignment import selectors
 from alignment.follow import alarms_of
 from alignment.models import Job
 from alignment.samples import printable, read_samples
-from alignment.services.claims import job_claim
+from alignment.services.claims import job_claim, job_fail
 from alignment.services.jobs import JobRequest, job_create
+from alignment.services.settling import Ending
 from annotation.models import User
 from training.rundir import RunDirectory
 
@@ -161,6 +162,16 @@ def test_the_console_shows_the_samples_of_the_newest_evaluation(job: Job, staff:
     for part in ("answer 0 at 20", "question 0", "score 0.000", "KL 1.250 nats", "/runs/ppo/?step=10#samples"):
         assert part in page
     assert "<script>alert" not in page
+
+
+def test_resume_is_not_what_the_page_offers_first_after_the_guards_stopped_a_run(job: Job, staff: Client):
+    resume = '<button class="primary">Resume</button>'
+    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory", remedy="buy some"))
+    assert resume in staff.get("/runs/ppo/").content.decode()
+    RunDirectory.open(job.folder).event("alarm", step=20, **{**ALARM, "action": "stop"})
+    page = staff.get("/runs/ppo/").content.decode()
+    assert resume not in page
+    assert "<button>Resume</button>" in page
 
 
 # -- what is read
