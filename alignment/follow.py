@@ -45,6 +45,18 @@ def alarms_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found[::-1]
 
 
+def rollbacks_of(events: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
+    """(step, to_step) of each rollback, the oldest first: what was evaluated after `to_step` and up to `step` is of a policy that was given
+    up. A resumed run says again what it said of later steps, as with alarms."""
+    found: list[tuple[int, int]] = []
+    for event in events:
+        if event.get("kind") == "resume":
+            found = [back for back in found if back[0] <= int(event.get("step") or 0)]
+        elif event.get("kind") == "rollback":
+            found.append((int(event.get("step") or 0), int(event.get("to_step") or 0)))
+    return found
+
+
 def _step(event: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {"step": int(event.get("step") or 0)}
     if event.get("steps"):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from alignment.models import Job
+from alignment.samples import printable
 
 PLAIN_SECONDS = 10.0  # between two lines of one job
 
@@ -72,7 +73,7 @@ class Display:
                 self._line(job)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def _bar(self, bars: Progress, job: Job) -> None:
         if job.pk not in self._tasks:

@@ -13,7 +13,7 @@ from django.db.models import Count, F, QuerySet
 
 from alignment.child import child_command, gpu_count
 from alignment.curves import charts_of, figures_of, shown
-from alignment.follow import alarms_of
+from alignment.follow import alarms_of, rollbacks_of
 from alignment.knowledge import knowledge_of, told_elsewhere
 from alignment.ledgers import ledger_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
@@ -210,8 +210,9 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
 
     Args:    step: of the evaluation whose samples are shown; None: the newest one."""
     events = events_of(job=job)
-    written = read_samples(job.folder, limit=ALL_SAMPLES if all_samples else FEW_SAMPLES, step=step)
-    charts = charts_of(events)
+    limit = ALL_SAMPLES if all_samples else FEW_SAMPLES
+    written = read_samples(job.folder, limit=limit, step=step, rollbacks=rollbacks_of(events))
+    charts, alarms = charts_of(events), alarms_of(events)
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
     knowledge = knowledge_of(job.folder / "model") if job.method == Job.Method.REWARD else None
     return {
@@ -223,7 +224,7 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
         "charts": [chart for chart in charts if chart.known],
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
-        "alarms": alarms_of(events)[:20],
+        "alarms": alarms[:20],
         "warned": sum(event.get("kind") == "warning" for event in events),
         "warnings": [event for event in events if event.get("kind") == "warning"][-20:][::-1],
         "ledger": ledger_of(counts_in(events)),
@@ -237,6 +238,8 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
         "command": run_command(job=job),
         "again": align_command(job=job),
         "can": _changes_possible(job),
+        # Resumed as it is, it stops again: then that is not what the page offers first.
+        "guards_stopped_it": job.state == Job.State.FAILED and bool(alarms) and alarms[0].get("action") == "stop",
     }
 
 
@@ -246,6 +249,8 @@ def _samples_shown(written: Written, *, asked: int | None, all_samples: bool) ->
         "samples": [_sample_shown(sample) for sample in written.rows],
         "written": written,
         "asked_step": asked,
+        "all_samples": all_samples,
+        "most_samples": ALL_SAMPLES,
         "newest_steps": written.steps[:NEWEST_STEPS],
         "older_steps": written.steps[NEWEST_STEPS:],
         "query": urlencode(chosen | ({"all": 1} if all_samples else {})),

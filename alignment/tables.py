@@ -1,38 +1,23 @@
 """Tables for terminals."""
 
 import io
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from alignment.curves import figures_of, shown
 from alignment.models import Job
 from alignment.progress import duration
+from alignment.samples import printable
 
 
 def as_text(table: Table, width: int = 120) -> str:
     stream = io.StringIO()
     Console(file=stream, width=width, highlight=False).print(table)
     return stream.getvalue().rstrip()
-
-
-# Marks that turn the direction of writing: with them a text can be shown as what it is not.
-TURNING = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
-
-
-def printable(text: str) -> str:
-    """Untrusted text for a terminal: what could move the cursor, colour, hide or command is shown as its code; line ends and tabs stay."""
-    return "".join(
-        char if char in "\n\t" or (unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") and char not in TURNING) else _code(char)
-        for char in text
-    )
-
-
-def _code(char: str) -> str:
-    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
 
 
 def sample_lines(sample: dict[str, Any]) -> list[str]:
@@ -81,7 +66,7 @@ def jobs_table(jobs: Sequence[Job]) -> str:
         loss = "" if job.loss is None else f"{job.loss:.4g}"
         left = duration(job.eta_seconds) if job.state == Job.State.RUNNING else ""
         note = job.error or (f"{job.warnings} warnings" if job.warnings else "")
-        table.add_row(job.name, job.method, job.state, steps, loss, left, note[:60])
+        table.add_row(job.name, job.method, job.state, steps, loss, left, escape(printable(note).replace("\n", " ")[:60]))
     return as_text(table)
 
 
@@ -103,7 +88,7 @@ def round_table(summary: dict[str, Any]) -> str:
     if evaluated:
         lines.append(_policies(evaluated))
     else:
-        lines += [f"  {job['name']:<40} {job['state']}  {job['error']}".rstrip() for job in summary["jobs"]]
+        lines += [f"  {job['name']:<40} {job['state']}  {printable(job['error'])}".rstrip() for job in summary["jobs"]]
     if summary["reward_model"]:
         lines.append("reward model on held-out prompts: " + _reward_model(summary["reward_model"]))
     if summary["home_at"]:

@@ -125,6 +125,7 @@ class PPO:
             models=self.actors.kind,
         )
         if not self.start_metrics:
+            self.watch.warn_of_few(len(self.watched))
             self.start_metrics = self.evaluate(0)
         self.progress.mark(first)
         self.saved_at = time.monotonic()

@@ -22,6 +22,7 @@ from training.rundir import RunDirectory, checkpoint_folders
 
 Action = Literal["warn", "stop", "rollback"]
 STOPPED_MODEL = "model.stopped"
+FEW_PROMPTS = 16  # of an evaluation: with fewer its means move by chance as far as a guard's limits are
 
 
 class Watch:
@@ -58,6 +59,12 @@ class Watch:
         """A run that was stopped at its last step has no further step in which an alarm could show again: it ends as it ended."""
         seen = {alarm.name for alarm in self.waiting}
         self.waiting += [alarm for alarm in self.stopped if alarm.name not in seen]
+
+    def warn_of_few(self, prompts: int) -> None:
+        """Say so where the run does what evaluations of a handful of prompts ask for."""
+        if self.options.on_alarm != "warn" and prompts < FEW_PROMPTS:
+            text = f"on_alarm = {self.options.on_alarm} heeds evaluations of {prompts} prompts: below {FEW_PROMPTS} they tell mostly chance"
+            self.run.event("warning", text=f"{text}. Hold more prompts out, or raise evaluation_prompts.")
 
     def saw_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.waiting += self.guards.check_step(step, metrics)
@@ -98,7 +105,8 @@ class Watch:
         before = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
         return TrainingFailed(
             f"Stopped by its guards at step {step}{before}: {names}. {seen}",
-            remedy=f"{remedies} The policy as it was stands in {self.run.path / STOPPED_MODEL}; resumed as it is, the run stops again.",
+            remedy=f"{remedies} Start a new run with that, from the same model or from the policy as it was when it was stopped "
+            f"(--model {self.run.path / STOPPED_MODEL}). Resumed as it is, this run stops again.",
         )
 
     def go_back(self, step: int) -> State:
