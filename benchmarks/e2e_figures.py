@@ -56,7 +56,9 @@ def drawing(title: str, panels: Sequence[Panel]) -> str:
     ]
     place = 24
     for line in lines:
-        parts.append(f'<path class="line of-{line.name}" d="M{place} 52h24"/><circle class="dot-{line.name}" cx="{place + 12}" cy="52" r="4"/>')
+        parts.append(
+            f'<path class="line of-{line.name}" d="M{place} 52h24"/><circle class="dot-{line.name}" cx="{place + 12}" cy="52" r="4"/>'
+        )
         parts.append(f'<text x="{place + 32}" y="56">{line.label}</text>')
         place += 56 + round(7.2 * len(line.label))
     for number, panel in enumerate(panels):

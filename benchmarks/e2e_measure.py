@@ -116,7 +116,7 @@ def best_of(file: Path, count: int) -> Texts:
 
 
 def along(run: Path) -> list[dict[str, Any]]:
-    """What a PPO run wrote at each of its evaluations: one text of each held-out prompt, `reward` being the score that it was trained on."""
+    """What a PPO run wrote at each of its evaluations: one text of each held-out prompt. `reward` is the score that it was paid by."""
     by_step: dict[int, list[Said]] = {}
     for row in json_lines(run / "samples.jsonl"):
         one = Said(row["messages"][-1]["content"], row["text"], row["score"], row["kl_k1_nats"], row["finished"])

@@ -1,7 +1,7 @@
 """The stages of the main job on human rankings: which run directories there are, what each is made of, and how they are run.
 
-A stage is an ordinary run directory, started as `python -m alignment RUN_DIRECTORY`. One whose `result.json` is there is not done again, and
-one that was killed resumes from its checkpoint.
+A stage is an ordinary run directory, started as `python -m alignment RUN_DIRECTORY`. One whose `result.json` is there is not done again,
+and one that was killed resumes from its checkpoint.
 """
 
 import json
@@ -233,3 +233,9 @@ def write_lines(path: Path, rows: Sequence[dict]) -> None:
 
 def _digested(path: Path) -> dict[str, str]:
     return {"path": str(path), "digest": file_digest(path)}
+
+
+def settings() -> dict[str, Any]:
+    """Every option of every kind of stage, for the report."""
+    policies = {variant.name: variant.options for part in PARTS for variant in variants(part)}
+    return {"size": SIZE, "samples": SAMPLES, "best_of": BEST_OF, **LEARNING, "long": LONG, "long_views": LONG_VIEWS, "policies": policies}
