@@ -11,7 +11,7 @@ from alignment.answers import Policy
 from alignment.options import GenerateOptions
 from alignment.rollout.sampling import Sample
 from rewardmodel.ensemble import disagreement, mean_disagreement, most_disputed
-from rewardmodel.score import Scorer
+from rewardmodel.score import Scorer, require_members
 from training.processes import Processes
 
 
@@ -44,9 +44,9 @@ class Judge:
         """Raises:  InputError if the options ask for several members and the reward model has one."""
         scorer = Scorer.load(reward_model, device=processes.device)
         if options.keep == "uncertain" or options.most_uncertain_prompts:
-            scorer.require_members("keep = uncertain and most_uncertain_prompts ask where members disagree")
+            require_members(scorer.notes, "keep = uncertain and most_uncertain_prompts ask where members disagree")
         if options.keep == "best" and options.reward_view != "mean":
-            scorer.require_members(f"reward_view = {options.reward_view} looks at several members")
+            require_members(scorer.notes, f"reward_view = {options.reward_view} looks at several members")
         return cls(scorer, options, processes)
 
     def choose(self, policy: Policy, block: Sequence[tuple[int, list[Sample]]]) -> list[tuple[int, list[Kept]]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from training.encode import Encoder, Message, TooLong
 from training.errors import InputError
+from training.language_model import unwrap
 from training.ledger import Ledger
 from training.rankings import PromptRow, read_lines, read_prompts, read_rankings
 
@@ -70,7 +71,7 @@ def encode_prompts(rows: Sequence[PromptRow], encoder: Encoder, *, max_dropped_s
 
 def check_room(model: Any, prompts: Sequence[EncodedPrompt], max_completion_tokens: int) -> None:
     """Raises InputError if the longest prompt and a completion of full length would pass the positions that the model knows."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     if positions and longest + max_completion_tokens > positions:
         raise InputError(

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from training.errors import InputError
 from training.language_model import Lora
+from training.slots import WEIGHTS, adapter_key, layer_sizes, linear_layers, put_layer, write_adapter
 
 ADAPTERS = "adapter"
-WEIGHTS = "adapter_model.safetensors"
 
 
 class MemberLora(nn.Module):
@@ -35,8 +35,7 @@ class MemberLora(nn.Module):
         super().__init__()
         self.layer = layer
         self.scale = lora.alpha / lora.rank
-        sizes: Any = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-        inside, outside = sizes
+        inside, outside = layer_sizes(layer)
         bound = 1 / math.sqrt(inside)
         start = torch.empty(members, lora.rank, inside).uniform_(-bound, bound, generator=generator)
         device = next(layer.parameters()).device  # quantised weights are on the accelerator from the start
@@ -78,9 +77,9 @@ class AdapterEnsemble(nn.Module):
         model.requires_grad_(False)
         model.score.requires_grad_(True)
         generator = torch.Generator().manual_seed(seed)
-        self.names = _targets(model, lora)
+        self.names = linear_layers(model, lora.targets)
         for name in self.names:
-            _put(model, name, MemberLora(model.get_submodule(name), members, lora, generator))
+            put_layer(model, name, MemberLora(model.get_submodule(name), members, lora, generator))
         backbone = model.base_model
         backbone.register_forward_pre_hook(partial(_repeat, members), with_kwargs=True)
         backbone.register_forward_hook(partial(_side_by_side, members))
@@ -105,23 +104,13 @@ class AdapterEnsemble(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """`member-<m>/` for each member: `adapter_config.json` and `adapter_model.safetensors`, as peft reads them."""
-        from peft import LoraConfig
-
+        layers = self._layers()
         for member in range(self.members):
-            place = Path(folder) / f"member-{member}"
-            LoraConfig(
-                r=self.lora.rank,
-                lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
-                lora_dropout=0.0,
-                target_modules=list(self.names),
-                fan_in_fan_out=any(isinstance(layer.layer, Conv1D) for layer in self._layers().values()),
-                inference_mode=True,
-            ).save_pretrained(str(place))
-            tensors = {}
-            for name, layer in self._layers().items():
-                tensors[_key(name, "A")] = layer.lora_a[member].detach().cpu().clone()
-                tensors[_key(name, "B")] = layer.lora_b[member].detach().cpu().clone()
-            save_file(tensors, place / WEIGHTS)
+            tensors: dict[str, Tensor] = {}
+            for name, layer in layers.items():
+                tensors |= {adapter_key(name, "A"): layer.lora_a[member], adapter_key(name, "B"): layer.lora_b[member]}
+            transposed = any(isinstance(layer.layer, Conv1D) for layer in layers.values())
+            write_adapter(Path(folder) / f"member-{member}", self.lora, tensors, fan_in_fan_out=transposed)
 
     def member(self, member: int) -> PreTrainedModel:
         """The model of one member, its adapter merged, everything trained; all M heads are still there. This ensemble is spent."""
@@ -132,7 +121,7 @@ class AdapterEnsemble(nn.Module):
 
     def _taken_out(self, replacement: Any) -> PreTrainedModel:
         for name, layer in self._layers().items():
-            _put(self.model, name, replacement(layer))
+            put_layer(self.model, name, replacement(layer))
         self.model.base_model._forward_pre_hooks.clear()
         self.model.base_model._forward_pre_hooks_with_kwargs.clear()
         self.model.base_model._forward_hooks.clear()
@@ -141,32 +130,8 @@ class AdapterEnsemble(nn.Module):
     @torch.no_grad()
     def _read(self, member: int, tensors: dict[str, Tensor]) -> None:
         for name, layer in self._layers().items():
-            layer.lora_a[member].copy_(tensors[_key(name, "A")])
-            layer.lora_b[member].copy_(tensors[_key(name, "B")])
-
-
-def _key(name: str, matrix: str) -> str:
-    return f"base_model.model.{name}.lora_{matrix}.weight"
-
-
-def _targets(model: PreTrainedModel, lora: Lora) -> list[str]:
-    """Full names of the layers that get adapters: all linear ones of the backbone, or those whose name ends as asked.
-
-    Raises:  InputError if a target names no linear layer."""
-    linear = [
-        f"{model.base_model_prefix}.{name}" for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)
-    ]
-    if lora.targets == ("all-linear",):
-        return linear
-    found = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in lora.targets)]
-    if not found:
-        raise InputError(f"lora_targets {lora.targets} name no linear layer.", remedy="Use all-linear, or names such as q_proj.")
-    return found
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
+            layer.lora_a[member].copy_(tensors[adapter_key(name, "A")])
+            layer.lora_b[member].copy_(tensors[adapter_key(name, "B")])
 
 
 def _repeat(members: int, _backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -96,16 +96,36 @@ def load_value_model(
     """
     given: dict[str, Any] = {"device": device, "gradient_checkpointing": gradient_checkpointing}
     found = saved_ensemble(name) or Ensemble()
-    means, scales = (torch.tensor(list(numbers), dtype=torch.float32) for numbers in normalisation)
     if found.size == 1:
         return load_reward_model(name, lora=lora, seed=seed, **given), normalisation[0][0], normalisation[1][0]
     model = load_reward_model(name)
     if found.kind == "adapters":
         model = model.member(0)
-        means, scales = means[:1], scales[:1]
-    _one_head(model, 1 / (scales * len(scales)))
+    old = model.score
+    head, mean, scale = mean_head(old, normalisation, found.kind)
+    model.score = head
+    model.config.num_labels = model.num_labels = 1
     model = prepare(model if lora is None else _with_lora(model, lora, seed), **given)
-    return model, float((means / scales).mean()), 1.0
+    return model, mean, scale
+
+
+@torch.no_grad()
+def mean_head(
+    heads: nn.Linear, normalisation: tuple[Sequence[float], Sequence[float]], kind: Literal["heads", "adapters"]
+) -> tuple[nn.Linear, float, float]:
+    """One head that says what M heads say in the mean, or, of adapters, what the first says; and its (mean, scale): see
+    `load_value_model`."""
+    single = nn.Linear(heads.in_features, 1, bias=heads.bias is not None)
+    used = len(heads.weight) if kind == "heads" else 1
+    means, scales = (torch.tensor(list(numbers[:used]), dtype=torch.float32) for numbers in normalisation)
+    if used == 1:
+        weights, mean, scale = torch.ones(1), float(means), float(scales)
+    else:
+        weights, mean, scale = 1 / (scales * used), float((means / scales).mean()), 1.0
+    single.weight.copy_(weights[None] @ heads.weight[:used].cpu())
+    if heads.bias is not None:
+        single.bias.copy_(weights[None] @ heads.bias[:used].cpu())
+    return single.to(heads.weight.device), mean, scale
 
 
 def _with_lora(model: Any, lora: Lora, seed: int) -> Any:
@@ -121,17 +141,6 @@ def _start_heads(head: nn.Linear, seed: int) -> None:
         head.weight.copy_(spread * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-
-
-@torch.no_grad()
-def _one_head(model: Any, weights: Tensor) -> None:
-    """Replace the heads by the weighted sum of the first len(weights) of them."""
-    old = model.score
-    model.score = nn.Linear(old.in_features, 1, bias=old.bias is not None)
-    model.score.weight.copy_(weights[None] @ old.weight[: len(weights)])
-    if old.bias is not None:
-        model.score.bias.copy_(weights[None] @ old.bias[: len(weights)])
-    model.config.num_labels = model.num_labels = 1
 
 
 def is_reward_model(name: str | Path) -> bool:

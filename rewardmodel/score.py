@@ -90,6 +90,14 @@ def read_notes(folder: str | Path) -> RewardNotes:
         raise InputError(f"{file} cannot be read: {error}", remedy="Name the model folder of a reward run.") from error
 
 
+def require_members(notes: RewardNotes, why: str) -> None:
+    """Raises InputError for a reward model of one member."""
+    if len(notes.means) == 1:
+        raise InputError(
+            f"The reward model has one member, but {why}.", remedy="Train it with ensemble_size = 4 or more, or leave that option out."
+        )
+
+
 class Scorer:
     """A reward model, its encoder, and how its scores are normalised: mean 0 and standard deviation 1 on the training completions."""
 
@@ -119,13 +127,6 @@ class Scorer:
     @property
     def members(self) -> int:
         return len(self.notes.means)
-
-    def require_members(self, why: str) -> None:
-        """Raises InputError for a reward model of one member."""
-        if self.members == 1:
-            raise InputError(
-                f"The reward model has one member, but {why}.", remedy="Train it with ensemble_size = 4 or more, or leave that option out."
-            )
 
     def score(self, answers: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
         """Normalised score of each (messages, completion text), the mean over members; higher is better."""

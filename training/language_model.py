@@ -57,6 +57,7 @@ def load_policy(
     *,
     device: torch.device | str = "cpu",
     lora: Lora | None = None,
+    quantise: str = "",
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Any:
@@ -65,7 +66,7 @@ def load_policy(
     Args:    name: a model folder, a hub name, or `folder/file.gguf`;  seed: of the adapters' start.
     Raises:  InputError if nothing can be loaded from there.
     """
-    model = load_pretrained(AutoModelForCausalLM, name, **quantised(lora.quantise if lora else "", name, device=device))
+    model = load_pretrained(AutoModelForCausalLM, name, **quantised(lora.quantise if lora else quantise, name, device=device))
     if lora is not None:
         model = add_lora(model, lora, task="CAUSAL_LM", seed=seed)
     return prepare(model, device=device, gradient_checkpointing=gradient_checkpointing)
@@ -228,9 +229,13 @@ def completion_statistics(
     return filled, torch.zeros(shape, dtype=torch.float32, device=logps.device).index_put((rows, places + 1), entropies)
 
 
-def state_logps(head: "Head", states: Tensor, targets: Tensor) -> Tensor:
-    """(N,) float32: log-probability in nats of each target, given the states (N, H) that predict them; logits exist a chunk at a time."""
-    return _in_chunks(head, states, targets, 1.0, False)[0]
+def state_logps(head: "Head | None", states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """(N,) float32: log-probability in nats of each target, given the states (N, H) that predict them; logits exist a chunk at a time.
+
+    Args:    head: None where the states are logits already."""
+    if head is None:
+        return _from_logits(states.float() / temperature, targets, False)[0]
+    return _in_chunks(head, states, targets, temperature, False)[0]
 
 
 def _in_chunks(head: "Head", states: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -41,13 +41,13 @@ def _tensor(inside: nn.Module, parent: str, leaf: str) -> Tensor:
         if leaf == "weight" and hasattr(module, "get_delta_weight"):
             changes = [module.get_delta_weight(adapter) for adapter in module.active_adapters]
         module = module.get_base_layer()
-    tensor = _as_float(module) if leaf == "weight" else getattr(module, leaf)
+    tensor = plain_weight(module) if leaf == "weight" else getattr(module, leaf)
     for change in changes:
         tensor = tensor + change.to(tensor.dtype)
     return tensor.detach().cpu()
 
 
-def _as_float(layer: Any) -> Tensor:
+def plain_weight(layer: Any) -> Tensor:
     """A layer's weight; what bitsandbytes keeps in 4 or 8 bits becomes float32."""
     if type(layer.weight).__name__ not in ("Params4bit", "Int8Params"):
         return layer.weight

@@ -1,7 +1,4 @@
-"""What a model says of whole rows (a prompt and a completion each): log-probabilities, and the state after the last token.
-
-Rows of one prompt share its encoding where the architecture allows it; the numbers are the same either way.
-"""
+"""What a model says of whole rows: log-probabilities of completions, and the state after the last token. See `training.readings`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,67 +6,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.language_model import completion_logps, hidden_states, output_head, state_logps, unwrap
-from training.pack import Padded, Row, length_groups, pad_rows
-from training.packed_model import packed_states, packs_rows
+from training.language_model import unwrap
+from training.pack import Row
 from training.processes import Processes
-from training.shared_prompt import Packed, pack_rows
+from training.readings import Reading, Speech, readings
 
 
 def row_logps(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
     """(B,) float32: log-probability of each row's completion in nats, summed over its tokens (EOS among them). Keeps gradients."""
-    plain: Any = unwrap(model)
-    head = output_head(plain)
-    if head is None or not packs_rows(plain.base_model):
+    speech = Speech(model)
 
-        def of_group(padded: Padded) -> Tensor:
-            return completion_logps(model, padded.input_ids, padded.attention_mask, padded.completion_mask).sum(-1)
+    def of_rows(reading: Reading) -> Tensor:
+        return reading.summed(speech.logps(reading))
 
-        return _in_groups(rows, pad_id, device=device, budget=budget, compute=of_group)
-
-    def of_packed(packed: Packed) -> Tensor:
-        states = packed_states(plain.base_model, packed)[0]
-        logps = state_logps(head, states.index_select(0, packed.before), packed.targets)
-        return torch.zeros(len(packed.ends), device=device).index_add(0, packed.owner, logps)
-
-    return _in_packs(rows, device=device, budget=budget, compute=of_packed)
+    found = readings(model, rows, pad_id, device=device, budget=budget, logits=speech.needs_logits)
+    return _in_order([(reading.rows, of_rows(reading)) for reading in found], device)
 
 
 def row_last_states(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
     """(B, H): the backbone's last hidden state at the last token of each row. Keeps gradients."""
-    backbone: Any = unwrap(model).base_model
     if not rows:
+        backbone: Any = unwrap(model).base_model
         return torch.zeros((0, backbone.config.get_text_config().hidden_size), device=device)
-    if not packs_rows(backbone):
-
-        def of_group(padded: Padded) -> Tensor:
-            places = torch.arange(padded.attention_mask.shape[1], device=device)
-            last = (padded.attention_mask * places).argmax(-1)
-            return hidden_states(backbone, padded.input_ids, padded.attention_mask)[torch.arange(len(last), device=device), last]
-
-        return _in_groups(rows, pad_id, device=device, budget=budget, compute=of_group)
-    return _in_packs(rows, device=device, budget=budget, compute=lambda packed: packed_states(backbone, packed)[0][packed.ends])
+    found = readings(model, rows, pad_id, device=device, budget=budget)
+    return _in_order([(reading.rows, reading.last()) for reading in found], device)
 
 
-def _in_packs(rows: Sequence[Row], *, device: torch.device, budget: int, compute: Callable[[Packed], Tensor]) -> Tensor:
-    """`compute` on each packed row of B' rows -> (B', ...), put back into the order of the rows: (B, ...)."""
-    packs = pack_rows(rows, budget=budget, share=True)
-    return _in_order([compute(packed.to(device)) for packed in packs], [row for packed in packs for row in packed.rows], device)
-
-
-def _in_groups(rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int, compute: Callable[[Padded], Tensor]) -> Tensor:
-    """As `_in_packs`, one encoding for each row, padded to the longest of its group."""
-    groups = length_groups([len(row) for row in rows], budget=budget)
-    parts = [compute(pad_rows([rows[index] for index in group], pad_id).to(device)) for group in groups]
-    return _in_order(parts, [index for group in groups for index in group], device)
-
-
-def _in_order(parts: Sequence[Tensor], order: Sequence[int], device: torch.device) -> Tensor:
+def _in_order(parts: Sequence[tuple[Sequence[int], Tensor]], device: torch.device) -> Tensor:
+    """Parts (numbers of rows, (B', ...)) as one, in the order of the rows: (B, ...)."""
     if not parts:
         return torch.zeros(0, device=device)
+    order = [number for numbers, _ in parts for number in numbers]
     places = torch.empty(len(order), dtype=torch.long)
     places[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(list(parts))[places.to(device)]
+    return torch.cat([part for _, part in parts])[places.to(device)]
 
 
 def measured(rows: Sequence[Row], processes: Processes, compute: Callable[[Sequence[Row]], Tensor]) -> Tensor:

@@ -1,114 +1,135 @@
-"""The models of PPO, and what they say about episodes: policy, reference, reward model, and the value model that starts as the latter."""
+"""Who takes part in PPO: the models, in the form that was asked for, and what they make of prompts: episodes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from alignment.ppo.experience import Experience, by_token, join, pack_left, padded_samples
+from alignment.ppo.experience import Experience, join, padded_samples
 from alignment.ppo.options import PPOOptions
-from alignment.rollout.built_in import sample_completions
+from alignment.ppo.shared import Shared, load_slots, why_not_shared
+from alignment.ppo.voices import Manner, Separate, Voices
+from alignment.rollout.built_in import batches, sample_completions
 from alignment.rollout.sampling import Sample, Sampling
-from rewardmodel.network import load_value_model, token_values
-from rewardmodel.score import REWARD_FILE, RewardNotes, Scorer
+from rewardmodel.ensemble import views
+from rewardmodel.network import load_value_model
+from rewardmodel.score import RewardNotes, Scorer, read_notes, require_members
 from training.encode import Encoder
 from training.errors import InputError
-from training.language_model import Lora, completion_logps, frozen_copy, load_policy, reference
-from training.pack import Padded, Row
+from training.language_model import Lora, frozen_copy, load_policy
+from training.pack import Row
 from training.processes import Processes
 from training.rundir import RunDirectory
+
+Drawn = dict[int, list[Sample]]  # place of a prompt -> its samples
 
 
 @dataclass(slots=True)
 class Actors:
-    """`reference` is None where the policy's own adapter can be switched off. `value_notes` put values into the units of scores."""
+    """The models of a run and how they are used. `kind` says which form was chosen, and why, where nobody chose."""
 
-    policy: Any
-    reference: Any | None
-    value: Any
-    value_notes: RewardNotes
-    scorer: Scorer
+    voices: Voices
     encoder: Encoder
     options: PPOOptions
     processes: Processes
+    kind: str = ""
+
+    @property
+    def policy(self) -> Any:
+        return self.voices.policy
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        *,
+        seed: int,
+        step: int,
+        drawn: Drawn | None = None,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> Drawn:
+        """Completions of this process's share of the prompts, a batch at a time.
+
+        Args:    drawn: what was drawn before an interruption, on any process: it is not drawn again;  pause: asked after each batch.
+        Returns: by place in `prompts`; not all of the share if `pause` said so."""
+        sampling = Sampling(
+            self.options.max_completion_tokens,
+            temperature=self.options.temperature,
+            seed=seed,
+            step=step,
+            cache_tokens=self.options.cache_tokens,
+        )
+        sampling.require_exact()
+        share = self.share(prompts)
+        found: Drawn = {place: (drawn or {})[place] for place in share if place in (drawn or {})}
+        for batch in batches([len(prompts[place]) for place in share], sampling, samples):
+            places = [share[number] for number in batch]
+            if all(place in found for place in places):
+                continue
+            answers = sample_completions(
+                self.policy,
+                [prompts[place] for place in places],
+                sampling,
+                stop_ids=self.encoder.stop_ids,
+                pad_id=self.encoder.pad_id,
+                samples=samples,
+                streams=places,
+                processes=self.processes,
+            )
+            found |= {place: answers[number * samples : (number + 1) * samples] for number, place in enumerate(places)}
+            if pause():
+                break
+        return found
+
+    def share(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Places of the prompts that this process answers."""
+        return self.processes.share(range(len(prompts)), [float(len(prompt)) for prompt in prompts])
+
+    def judge(self, drawn: Drawn, samples: int, *, with_values: bool = True) -> Experience:
+        """Scores, KL and values of all that was drawn; every process gets all episodes, in the order of the prompts."""
+        places = sorted(drawn)
+        mine = self._judged([sample for place in places for sample in drawn[place]], with_values)
+        gathered = self.processes.gather((places, mine))
+        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
+        order = sorted(range(len(source)), key=source.__getitem__)
+        return join([part for _, part in gathered], order)
 
     def experience(
         self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True
     ) -> tuple[Experience, dict[str, float]]:
-        """Sample and score. Each process takes its share of the prompts; all of them get all episodes, in the order of `prompts`.
-
-        Returns: the episodes, and seconds by part (`seconds_generate`, `seconds_score`) on this process.
-        """
+        """Draw and judge in one go.   Returns: the episodes, and seconds by part (`seconds_generate`, `seconds_score`) on this process."""
         started = time.monotonic()
-        places = self.processes.share(range(len(prompts)), [float(len(prompt)) for prompt in prompts])
-        sampling = Sampling(self.options.max_completion_tokens, temperature=self.options.temperature, seed=seed, step=step)
-        sampling.require_exact()
-        drawn = sample_completions(
-            self.policy,
-            [prompts[place] for place in places],
-            sampling,
-            stop_ids=self.encoder.stop_ids,
-            pad_id=self.encoder.pad_id,
-            samples=samples,
-            streams=places,
-            processes=self.processes,
-        )
+        drawn = self.draw(prompts, samples, seed=seed, step=step)
         sampled = time.monotonic()
-        mine = self._scored(drawn, with_values)
-        gathered = self.processes.gather((places, mine))
-        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
-        order = sorted(range(len(source)), key=source.__getitem__)
-        experience = join([part for _, part in gathered], order)
-        return experience, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
+        found = self.judge(drawn, samples, with_values=with_values)
+        return found, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
 
-    @torch.no_grad()
-    def _scored(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
+    def _judged(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
         rows = [sample.row for sample in drawn]
-        width = self.options.max_completion_tokens
-        mask, logps, entropies = padded_samples(drawn, width)
-        with self.processes.autocast():
-            if self.processes.dtype != "float32":
-                # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
-                logps = self._by_token(rows, lambda padded: self.logps(self.policy, padded))
-            with reference(self.policy, self.reference) as frozen:
-                reference_logps = self._by_token(rows, lambda padded: self.logps(frozen, padded))
-            values = self._by_token(rows, self.values) if with_values else torch.zeros_like(logps)
-            judged = self.scorer.views(self.scorer.raw_scores([self._as_judged(sample) for sample in drawn]))
+        mask, logps, entropies = padded_samples(drawn, self.options.max_completion_tokens)
+        # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
+        again = self.processes.dtype != "float32"
+        judged = self.voices.judged(
+            rows,
+            [self._as_judged(sample) for sample in drawn],
+            budget=self.options.tokens_per_micro_batch,
+            values=with_values,
+            logps=again,
+        )
+        seen = views(self.voices.notes.normalise(judged.raw_scores))
         return Experience(
             rows=rows,
             mask=mask,
-            logps=logps,
+            logps=judged.logps if again else logps,
             entropies=entropies,
-            reference_logps=reference_logps,
-            values=values,
-            scores=judged.of(self.options.reward_view, self.options.spread_weight),
-            spreads=judged.spread,
+            reference_logps=judged.reference_logps,
+            values=judged.values,
+            scores=seen.of(self.options.reward_view, self.options.spread_weight),
+            spreads=seen.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )
-
-    def _by_token(self, rows: Sequence[Row], compute: Any) -> Tensor:
-        return by_token(
-            rows,
-            self.encoder.pad_id,
-            self.options.max_completion_tokens,
-            device=self.processes.device,
-            budget=self.options.tokens_per_micro_batch,
-            compute=compute,
-        )
-
-    def logps(self, model: Any, padded: Padded) -> Tensor:
-        """(B, T): log-probability of each completion token at the sampling temperature, packed to the left."""
-        found = completion_logps(model, padded.input_ids, padded.attention_mask, padded.completion_mask, self.options.temperature)
-        return pack_left(found, padded, self.options.max_completion_tokens)
-
-    def values(self, padded: Padded) -> Tensor:
-        """(B, T): expected score before each completion token, read at the token before it, in normalised reward."""
-        raw = token_values(self.value, padded.input_ids, padded.attention_mask)
-        normalised = (raw - self.value_notes.means[0]) / self.value_notes.scales[0]
-        return pack_left(normalised, padded, self.options.max_completion_tokens, before=1)
 
     def _as_judged(self, sample: Sample) -> Row:
         """The reward model learnt from completions that end in one token; a policy with several stop tokens is scored on that one."""
@@ -116,30 +137,53 @@ class Actors:
             return Row(sample.prompt_ids, [*sample.completion_ids[:-1], self.encoder.end_id])
         return sample.row
 
-    def value_files(self) -> dict[str, Any]:
-        """What belongs beside the saved value model."""
-        return {REWARD_FILE: self.value_notes.as_json()}
-
 
 def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, processes: Processes) -> Actors:
-    """All models of a run, on its device.
+    """All models of a run, on its device, in the form of `options.backbone`.
 
-    Raises:  InputError if the reward model reads other tokens than the policy writes, or the reference has another vocabulary.
+    Raises:  InputError if the reward model reads other tokens than the policy writes, the reference has another vocabulary, or the
+             backbone cannot be shared and was asked to be.
     """
-    inputs, device = run_directory.inputs, processes.device
-    scorer = Scorer.load(inputs["reward_model"], device=device, tokens_per_batch=2 * options.tokens_per_micro_batch)
-    if scorer.encoder.digest != encoder.digest:
+    inputs = run_directory.inputs
+    notes = read_notes(inputs["reward_model"])
+    if Encoder.load(inputs["reward_model"]).digest != encoder.digest:
         raise InputError(
             f"The reward model {inputs['reward_model']} reads other tokens or another template than the policy {inputs['model']} writes.",
             remedy="Train the reward model from the same starting model (or one with the same tokenizer and template).",
         )
     if options.reward_view != "mean":
-        scorer.require_members(f"reward_view = {options.reward_view} looks at several")
-    shared: dict[str, Any] = {"device": device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
-    policy = load_policy(inputs["model"], lora=Lora.of(options), **shared)
-    value, mean, scale = load_value_model(
-        inputs["reward_model"], (scorer.notes.means, scorer.notes.scales), lora=Lora.of(options), **shared
-    )
+        require_members(notes, f"reward_view = {options.reward_view} looks at several")
+    manner = Manner(encoder.pad_id, options.max_completion_tokens, options.temperature, processes)
+    why_not = why_not_shared(inputs["model"], inputs["reward_model"], inputs.get("reference"), options.lora_rank)
+    if options.backbone == "shared" and why_not:
+        raise InputError(f"backbone = shared cannot be: {why_not}.", remedy="Mend that, or set backbone = 'separate' (or 'auto').")
+    if options.backbone != "separate" and not why_not:
+        try:
+            return Actors(_shared(run_directory, options, notes, manner), encoder, options, processes, "one backbone")
+        except InputError as error:
+            if options.backbone == "shared":
+                raise
+            why_not = str(error)
+    voices = _separate(run_directory, encoder, options, manner)
+    return Actors(voices, encoder, options, processes, f"separate models: {why_not}" if options.lora_rank else "separate models")
+
+
+def _given(run_directory: RunDirectory, options: PPOOptions, manner: Manner) -> dict[str, Any]:
+    return {"device": manner.device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
+
+
+def _shared(run_directory: RunDirectory, options: PPOOptions, notes: RewardNotes, manner: Manner) -> Voices:
+    inputs, lora = run_directory.inputs, Lora.of(options)
+    assert lora is not None
+    slots, reward = load_slots(inputs["model"], inputs["reward_model"], notes, lora=lora, **_given(run_directory, options, manner))
+    return Shared(slots, reward, manner, has_value_model=options.has_value_model)
+
+
+def _separate(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, manner: Manner) -> Voices:
+    inputs, device, lora = run_directory.inputs, manner.device, Lora.of(options)
+    given = _given(run_directory, options, manner)
+    scorer = Scorer.load(inputs["reward_model"], device=device, tokens_per_batch=2 * options.tokens_per_micro_batch)
+    policy = load_policy(inputs["model"], lora=lora, **given)
     frozen = None
     if inputs.get("reference"):
         if Encoder.load(inputs["reference"], template=options.template).digest != encoder.digest:
@@ -147,5 +191,7 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
         frozen = load_policy(inputs["reference"], device=device).eval().requires_grad_(False)
     elif not options.lora_rank:
         frozen = frozen_copy(policy)
-    value_notes = replace(scorer.notes, mean=mean, scale=scale)
-    return Actors(policy, frozen, value, value_notes, scorer, encoder, options, processes)
+    if not options.has_value_model:
+        return Separate(policy, frozen, None, scorer, manner)
+    value, mean, scale = load_value_model(inputs["reward_model"], (scorer.notes.means, scorer.notes.scales), lora=lora, **given)
+    return Separate(policy, frozen, (value, replace(scorer.notes, mean=mean, scale=scale)), scorer, manner)

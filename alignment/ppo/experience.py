@@ -3,17 +3,18 @@
 Completions are packed to the left: entry (n, t) of a tensor belongs to token t of completion n, whatever the length of its prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from alignment.ppo.advantages import episode_rewards, gae, masked_mean, whiten
+from alignment.ppo.advantages import episode_rewards, masked_mean, whiten
+from alignment.ppo.estimators import ESTIMATORS
 from alignment.ppo.losses import kl_k1, kl_k3
 from alignment.ppo.options import PPOOptions
 from alignment.rollout.sampling import Sample
-from training.pack import Padded, Row, length_groups, pad_rows
+from training.pack import Row
 
 
 @dataclass(slots=True)
@@ -44,37 +45,13 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the two losses aim at: advantages and returns (N, T) float32, and the rewards (N, T) that they come from."""
+    """What the losses aim at: advantages and returns (N, T) float32, and the rewards (N, T) that they come from.
+
+    `returns` is None where there is no value model."""
 
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
-
-
-def pack_left(values: Tensor, padded: Padded, width: int, *, before: int = 0) -> Tensor:
-    """Entries of the completion tokens, moved to the left edge.
-
-    Shapes: B rows of L tokens.
-    Args:    values (B, L): one number for each token of the row;  width: T, at least the longest completion;
-             before: take the entry of so many tokens earlier (1: the value *before* a token is read at the token before it).
-    Returns: (B, T), 0 beyond each completion's end.
-    """
-    lengths = padded.completion_mask.sum(-1, keepdim=True)
-    starts = padded.completion_mask.long().argmax(-1, keepdim=True)
-    steps = torch.arange(width, device=values.device)[None]
-    places = (starts + steps - before).clamp(0, values.shape[1] - 1)
-    return values.gather(1, places).masked_fill(steps >= lengths, 0)
-
-
-def by_token(
-    rows: Sequence[Row], pad_id: int, width: int, *, device: torch.device, budget: int, compute: Callable[[Padded], Tensor]
-) -> Tensor:
-    """`compute` on groups of near length, (B, L) -> (B, width), put back into the order of the rows: (N, width) float32 on the CPU."""
-    whole = torch.zeros((len(rows), width))
-    for group in length_groups([len(row) for row in rows], budget=budget):
-        padded = pad_rows([rows[index] for index in group], pad_id).to(device)
-        whole[torch.tensor(group)] = compute(padded).float().cpu()
-    return whole
+    returns: Tensor | None
 
 
 def padded_samples(samples: Sequence[Sample], width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,12 +82,11 @@ def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) 
     """Rewards, advantages and returns of a step, over all its episodes, so that minibatches share one whitening."""
     scores = experience.scores - options.missing_eos_penalty * (~experience.finished).float()
     kl = kl_k1(experience.logps, experience.reference_logps)
-    rewards = episode_rewards(scores, kl, experience.mask, kl_coefficient)
+    rewards = episode_rewards(scores, kl, experience.mask, kl_coefficient if options.kl_in == "reward" else 0.0)
     if options.whiten_rewards:
         rewards = whiten(rewards, experience.mask, shift_mean=False)
-    advantages, returns = gae(rewards, experience.values, experience.mask, options.gamma, options.lam)
-    if options.whiten_advantages:
-        advantages = whiten(advantages, experience.mask)
+    estimator = ESTIMATORS[options.advantage_estimator]
+    advantages, returns = estimator.estimate(rewards, experience.values, experience.mask, options)
     return Targets(rewards, advantages, returns)
 
 

@@ -17,6 +17,10 @@ class PPOOptions(TrainingOptions):
     passes: int = 1  # over the episodes of one step ("PPO epochs")
     minibatches: int = 4  # optimiser steps in one pass
 
+    backbone: Literal["auto", "shared", "separate"] = (
+        "auto"  # one, with adapters for policy, value and reward model, where that is possible
+    )
+
     max_completion_tokens: int = 128  # longer completions are cut, and pay `missing_eos_penalty`
     temperature: float = 1.0  # in sampling and in log-probabilities alike
     top_k: int = 0  # refused: see __post_init__
@@ -27,7 +31,11 @@ class PPOOptions(TrainingOptions):
     reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, where the reward model is an ensemble
     spread_weight: float = 1.0  # of the spread in mean_minus_spread
 
-    kl_coefficient: float = 0.05  # reward per nat of k1; the first one, where a target adapts it
+    advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"  # all but gae do without a value model
+
+    kl_coefficient: float = 0.05  # reward per nat; the first one, where a target adapts it
+    kl_in: Literal["reward", "loss"] = "reward"  # a penalty of each token's reward, or a term of the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 in the reward; k2 or k3 in the loss
     kl_target_nats: float = 0.0  # KL of whole completions to keep to; 0: the coefficient stays fixed
     kl_horizon_episodes: int = 10_000
     gamma: float = 1.0
@@ -35,7 +43,7 @@ class PPOOptions(TrainingOptions):
     clip_range: float = 0.2
     value_clip_range: float = 0.2  # 0: plain squared error
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # gae alone: a group's advantages are compared within their group
 
     learning_rate: float = 1e-4
     value_learning_rate: float = 0.0  # 0: as learning_rate
@@ -44,13 +52,23 @@ class PPOOptions(TrainingOptions):
     adam_epsilon: float = 1e-5
     epochs: float = 1.0  # over the prompts
 
+    cache_tokens: int = 65_536  # most tokens of prompts and completions held at once while sampling
+
     log_steps: int = 1
     evaluate_steps: int = 10
     evaluation_prompts: int = 64  # held-out ones, or of the training split where none are held out
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
-        for name in ("prompts_per_step", "samples_per_prompt", "passes", "minibatches", "kl_horizon_episodes", "evaluation_prompts"):
+        for name in (
+            "prompts_per_step",
+            "samples_per_prompt",
+            "passes",
+            "minibatches",
+            "kl_horizon_episodes",
+            "evaluation_prompts",
+            "cache_tokens",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1.")
         for name in ("missing_eos_penalty", "kl_coefficient", "kl_target_nats", "value_clip_range", "value_learning_rate", "spread_weight"):
             require(getattr(self, name) >= 0, f"{name} must not be negative.")
@@ -63,7 +81,37 @@ class PPOOptions(TrainingOptions):
             "top_k, top_p and repetition_penalty are refused in training: the tokens would be drawn from another distribution than the one "
             "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
         )
+        self._check_estimator()
         require(
             self.minibatches <= self.prompts_per_step * self.samples_per_prompt,
             "minibatches must not exceed the episodes of a step, prompts_per_step x samples_per_prompt.",
         )
+
+    @property
+    def has_value_model(self) -> bool:
+        return self.advantage_estimator == "gae"
+
+    def _check_estimator(self) -> None:
+        """Refuse what would train something else than it says, or what the estimator would pass over in silence."""
+        require(
+            self.kl_in != "reward" or self.kl_estimator == "k1",
+            f"kl_estimator = {self.kl_estimator} in the reward has not the gradient of the KL: its expectation may be right, but a penalty "
+            "of the reward needs the log-ratio itself. Use k1, or kl_in = loss.",
+        )
+        require(
+            self.kl_in != "loss" or self.kl_estimator != "k1",
+            "kl_estimator = k1 in the loss pulls nowhere: the expectation of its gradient is 0. Use k2 (the gradient of the KL where "
+            "samples are the policy's own) or k3 (GRPO's; its gradient is that of the KL the other way round), or kl_in = reward.",
+        )
+        if self.has_value_model:
+            return
+        name = self.advantage_estimator
+        require(
+            self.samples_per_prompt >= 2,
+            f"advantage_estimator = {name} compares the samples of a prompt: set samples_per_prompt = 2 or more.",
+        )
+        for option in ("gamma", "lam", "value_clip_range", "value_learning_rate", "whiten_rewards", "whiten_advantages"):
+            usual = type(self).__dataclass_fields__[option].default
+            require(
+                getattr(self, option) == usual, f"{option} would change nothing: {name} has no value model, and compares within groups."
+            )

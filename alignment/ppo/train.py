@@ -3,8 +3,9 @@
 One step: prompts in an order that follows from the seed; completions sampled from the policy at one temperature; each scored by the reward
 model at its last real token; the KL to the reference taken from the reward token by token; generalised advantages from a value model that
 starts as the reward model (with several members as their mean; with adapters as the first); then some passes of minibatches with clipped
-losses. Between steps there is nothing but weights, optimiser states, the KL coefficient and counters, so a checkpoint there is the whole
-state, and on a CPU a resumed run is the run, bit for bit.
+losses. (Other advantage estimators do without the value model: `alignment.ppo.estimators`.) What is random follows from seed, step and
+prompt alone, so weights, optimiser states, the KL coefficient and counters are the whole state between steps, and the rollout buffer in the
+middle of one: wherever a run is killed, on a CPU the resumed run is the run, bit for bit.
 
 Sources: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155;
 Huang et al. 2024, arXiv:2403.17031 (the details that matter).
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from alignment.ppo.actors import Actors, load_actors
+from alignment.ppo.buffer import Work, whole_work, work_from
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
-from alignment.ppo.update import Updates
+from alignment.ppo.update import Tally, Updates
 from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
 from training.artefact import save_verified
 from training.checkpoint import (
@@ -39,7 +41,7 @@ from training.checkpoint import (
 )
 from training.encode import Encoder
 from training.errors import Stopped, TrainingFailed
-from training.language_model import load_policy, save_model
+from training.language_model import load_policy
 from training.objective import PROBED_ROWS
 from training.options import parse_options
 from training.pack import Row, epoch_order
@@ -119,13 +121,16 @@ class PPO:
         self.kl_coefficient = options.kl_coefficient
         self.episodes = 0
         self.start_metrics: dict[str, float] = {}
+        self.begun: Work | None = None  # of the next step, where a checkpoint was written in the middle of it
+        self.saved_at = time.monotonic()
 
     def train(self, counts: dict[str, Any]) -> dict[str, float]:
         """All steps, the evaluations, the models, `result.json`.
 
         Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite.
         """
-        self.processes.same_start([self.actors.policy, self.actors.value])
+        trained = self.actors.voices.trained
+        self.processes.same_start([self.actors.policy, *(part for name, part in trained.items() if name != "policy")])
         first = self.resume()
         self.run.event(
             "start",
@@ -134,55 +139,60 @@ class PPO:
             device=str(self.processes.device),
             dtype=self.processes.dtype,
             first_step=first,
+            models=self.actors.kind,
         )
-        if first == 0:
+        if not self.start_metrics:
             self.start_metrics = self.evaluate(0)
         self.progress.mark(first)
-        saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         metrics = self.evaluate(first) if first == self.steps else self.start_metrics
         for step in range(first, self.steps):
             self.step(step)
             done = step + 1
             if done == self.steps or (self.options.evaluate_steps and done % self.options.evaluate_steps == 0):
                 metrics = self.evaluate(done)
-            due = bool(self.options.checkpoint_seconds) and time.monotonic() - saved_at >= self.options.checkpoint_seconds
-            stop, due = self.processes.any(stop_requested(), due)
-            every = self.options.checkpoint_steps
-            if done < self.steps and (stop or due or (every and done % every == 0)):
-                self.save_checkpoint(done)
-                saved_at = time.monotonic()
-            if stop and done < self.steps:
-                self.run.event("end", status="stopped", step=done)
-                raise Stopped(f"stopped at step {done} of {self.steps}")
+            if done < self.steps:
+                every = self.options.checkpoint_steps
+                self.pause(done, always=bool(every) and done % every == 0)
         return self.finish(metrics, counts)
 
+    def pause(self, step: int, work: Work | None = None, *, always: bool = False) -> None:
+        """A checkpoint, where one is due or a stop was asked for. Every process comes here.
+
+        Raises: Stopped, once it is written, where a stop was asked for."""
+        stop, due = self.processes.any(stop_requested(), always or self._due())
+        if stop or due:
+            self.save_checkpoint(step, work)
+            self.saved_at = time.monotonic()
+        if stop:
+            self.run.event("end", status="stopped", step=step)
+            raise Stopped(f"stopped at step {step} of {self.steps}" + (f", in the middle of step {step + 1}" if work else ""))
+
+    def _due(self) -> bool:
+        return bool(self.options.checkpoint_seconds) and time.monotonic() - self.saved_at >= self.options.checkpoint_seconds
+
     def step(self, step: int) -> None:
-        """Sample, score, update, report."""
-        options, started = self.options, time.monotonic()
-        chosen = step_prompts(len(self.prompts), step, options.prompts_per_step, self.run.seed)
-        experience, seconds = self.actors.experience(
-            [self.prompts[index].prompt_ids for index in chosen], options.samples_per_prompt, seed=self.run.seed, step=step
-        )
+        """Sample, score, update, report; or go on where a checkpoint in the middle of the step was written."""
+        options, work = self.options, self.begun or Work()
+        self.begun = None
+        experience = work.experience or self._sampled(step, work)
         if not bool(experience.scores.isfinite().all()):
             raise TrainingFailed(f"Step {step + 1}: a score is not finite.", remedy="Train the reward model again.")
         aims = targets(experience, options, self.kl_coefficient)
-        updating = time.monotonic()
-        sums, more = self.updates.update(experience, aims, step)
-        ended = time.monotonic()
+        clock = time.monotonic()
+        while work.tally.done < self.updates.per_step:
+            self.pause(step, work)
+            self.updates.update(experience, aims, step, self.kl_coefficient, work.tally)
+            clock = work.timed("update", clock)
         self.episodes += len(experience.rows)
         metrics = experience_metrics(experience)
-        self._warn(step, more)
+        self._warn(step, work.tally)
         self.progress.report(
             step + 1,
-            sums,
+            work.tally.sums,
             tokens=float(sum(experience.lengths)) / self.processes.world,
             **metrics,
-            **self._step_metrics(experience, aims),
-            **more,
-            **seconds,
-            seconds_update=ended - updating,
-            episodes=float(self.episodes),
-            episodes_per_second=len(experience.rows) / (ended - started),
+            **self._step_metrics(experience, aims, work),
         )
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient,
@@ -192,23 +202,54 @@ class PPO:
             options.kl_horizon_episodes,
         )
 
-    def _step_metrics(self, experience: Experience, aims: Targets) -> dict[str, float]:
-        mask = experience.mask
-        return {
+    def _sampled(self, step: int, work: Work) -> Experience:
+        """The episodes of a step; what was drawn before an interruption is not drawn again."""
+        prompts, samples, clock = self._prompts(step), self.options.samples_per_prompt, time.monotonic()
+        while True:
+            work.drawn = self.actors.draw(
+                prompts, samples, seed=self.run.seed, step=step, drawn=work.drawn, pause=lambda: stop_requested() or self._due()
+            )
+            clock = work.timed("generate", clock)
+            (missing,) = self.processes.any(len(work.drawn) < len(self.actors.share(prompts)))
+            if not missing:
+                break
+            self.pause(step, work, always=True)
+        work.experience = self.actors.judge(work.drawn, samples)
+        work.drawn = {}
+        work.timed("score", clock)
+        return work.experience
+
+    def _prompts(self, step: int) -> list[list[int]]:
+        chosen = step_prompts(len(self.prompts), step, self.options.prompts_per_step, self.run.seed)
+        return [self.prompts[index].prompt_ids for index in chosen]
+
+    def _step_metrics(self, experience: Experience, aims: Targets, work: Work) -> dict[str, float]:
+        mask, tally = experience.mask, work.tally
+        found = {
             "kl_coefficient": self.kl_coefficient,
             "penalised_reward": float(aims.rewards.double().sum(1).mean()),
-            "value": float(experience.values[mask].double().mean()),
-            "return": float(aims.returns[mask].double().mean()),
-            "explained_variance": explained_variance(experience.values, aims.returns, mask),
+            "first_ratio_deviation": tally.deviation,
+            **tally.numbers,
+            "skipped_steps": float(self.updates.skipped),
+            "skipped_now": float(tally.skipped),
+            "out_of_memory": float(self.updates.out_of_memory),
+            **{f"seconds_{part}": seconds for part, seconds in work.seconds.items()},
+            "episodes": float(self.episodes),
+            "episodes_per_second": len(experience.rows) / max(sum(work.seconds.values()), 1e-9),
         }
+        if aims.returns is not None:
+            found["value"] = float(experience.values[mask].double().mean())
+            found["return"] = float(aims.returns[mask].double().mean())
+            found["explained_variance"] = explained_variance(experience.values, aims.returns, mask)
+        return found
 
-    def _warn(self, step: int, more: dict[str, float]) -> None:
-        if more["skipped_now"]:
-            text = f"step {step + 1}: {more['skipped_now']:.0f} updates were skipped, their gradients are not finite"
-            self.run.event("warning", text=f"{text} ({more['skipped_steps']:.0f} so far)")
+    def _warn(self, step: int, tally: Tally) -> None:
+        if tally.skipped:
+            text = f"step {step + 1}: {tally.skipped} updates were skipped, their gradients are not finite"
+            self.run.event("warning", text=f"{text} ({self.updates.skipped} so far)")
         limit = 1e-3 if self.processes.dtype == "float32" else 0.1
-        if more["first_ratio_deviation"] > limit:
-            text = f"step {step + 1}: the first minibatch has ratios up to {more['first_ratio_deviation']:.2g} away from 1 (expected 0)"
+        if tally.deviation > limit:
+            text = f"step {step + 1}: the first minibatch has ratios up to {tally.deviation:.2g} away from 1 (expected 0)"
             self.run.event("warning", text=f"{text}: sampling and training do not compute the same distribution")
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -222,24 +263,33 @@ class PPO:
             self.samples.append(step, self.watched, experience, self.actors.encoder)
         return metrics
 
-    def save_checkpoint(self, step: int) -> None:
-        """Every process comes here; the first one writes."""
+    def _trained(self) -> State:
+        """What training changes: weights, optimisers, KL coefficient."""
+        tensors = {name: trained_tensors(part) for name, part in self.actors.voices.trained.items()}
+        tensors |= {f"{name}_optimiser": optimiser_state(one.adamw) for name, one in self.updates.optimisers.items()}
+        return State(tensors, {"kl_coefficient": self.kl_coefficient})
+
+    def _load_trained(self, state: State) -> None:
+        for name, part in self.actors.voices.trained.items():
+            load_trained(part, state.tensors[name])
+            load_optimiser_state(self.updates.optimisers[name].adamw, state.tensors[f"{name}_optimiser"])
+        self.kl_coefficient = state.values["kl_coefficient"]
+
+    def save_checkpoint(self, step: int, work: Work | None = None) -> None:
+        """Every process comes here; the first one writes. `work` is the next step's, where that has begun."""
+        buffer = whole_work(work, self.processes) if work else State()
         if self.processes.is_main:
-            tensors = {
-                "policy": trained_tensors(self.actors.policy),
-                "value": trained_tensors(self.actors.value),
-                "policy_optimiser": optimiser_state(self.updates.policy.adamw),
-                "value_optimiser": optimiser_state(self.updates.value.adamw),
-                "random": random_state(),
-            }
+            trained = self._trained()
             values = {
-                "kl_coefficient": self.kl_coefficient,
+                **trained.values,
+                **buffer.values,
                 "episodes": self.episodes,
                 "tokens": self.progress.tokens,
                 "seconds": self.progress.seconds,
                 "start_metrics": self.start_metrics,
-                "skipped": self.updates.skipped_state(),
+                "updates": self.updates.state(),
             }
+            tensors = {**trained.tensors, **buffer.tensors, "random": random_state()}
             folder = write_checkpoint(self.run.checkpoints, step, State(tensors, values), keep=self.options.keep_checkpoints)
             self.run.event("checkpoint", step=step, path=str(folder))
         self.processes.barrier()
@@ -253,16 +303,15 @@ class PPO:
             self.samples.cut(step if found else -1)
         if found is None:
             return 0
-        load_trained(self.actors.policy, state.tensors["policy"])
-        load_trained(self.actors.value, state.tensors["value"])
-        load_optimiser_state(self.updates.policy.adamw, state.tensors["policy_optimiser"])
-        load_optimiser_state(self.updates.value.adamw, state.tensors["value_optimiser"])
+        self._load_trained(state)
         set_random_state(state.tensors["random"])
-        self.kl_coefficient, self.episodes = state.values["kl_coefficient"], state.values["episodes"]
+        self.episodes = state.values["episodes"]
         self.progress.tokens, self.progress.seconds_before = state.values["tokens"], state.values["seconds"]
         self.start_metrics = state.values["start_metrics"]
-        self.updates.load_skipped_state(state.values["skipped"])
-        self.run.event("resume", step=step)
+        self.updates.load_state(state.values["updates"])
+        if "tally" in state.values:
+            self.begun = work_from(state, self._prompts(step), self.options.samples_per_prompt, self.processes)
+        self.run.event("resume", step=step, update=self.begun.tally.done if self.begun else 0)
         return step
 
     def load(self, folder: Path, device: torch.device) -> Any:
@@ -296,15 +345,16 @@ class PPO:
             error, remedy = told
             raise TrainingFailed(error, remedy=remedy)
         if self.processes.is_main:
-            value_folder = self.run.path / "value_model"
-            save_model(self.actors.value, self.actors.encoder, value_folder, notes=self.actors.value_files())
             artefacts = {
                 "model": str(self.run.model_folder),
                 "weights": {file.name: file_digest(file) for file in sorted(self.run.model_folder.glob("*.safetensors"))},
                 "encoder_digest": self.actors.encoder.digest,
-                "value_model": str(value_folder),
                 "samples": str(self.samples.path),
             }
+            if "value" in actors.voices.trained:
+                folder = self.run.path / "value_model"
+                actors.voices.save_value(folder, actors.encoder)
+                artefacts["value_model"] = str(folder)
             self.run.write_result(metrics=metrics, artefacts=artefacts, seconds=self.progress.seconds, counts=counts)
         self.run.event("end", status="done", step=self.steps)
         self.processes.barrier()

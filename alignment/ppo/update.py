@@ -1,116 +1,185 @@
-"""The optimiser steps of PPO: passes of minibatches over one step's episodes, for the policy and for the value model."""
+"""The optimiser steps of PPO: passes of minibatches over one step's episodes, for the policy and, where there is one, for the value
+model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alignment.ppo.actors import Actors
+from alignment.ppo.estimators import ESTIMATORS, token_weights
 from alignment.ppo.experience import Experience, Targets
-from alignment.ppo.losses import policy_terms, value_terms
+from alignment.ppo.losses import kl_k2, kl_k3, policy_terms, value_terms
 from alignment.ppo.options import PPOOptions
-from training.optimiser import Optimiser
-from training.pack import length_groups, pad_rows
+from alignment.ppo.voices import Said
+from training.errors import TrainingFailed
+from training.gradients import free_memory, ran_out_of_memory
+from training.optimiser import Optimiser, Update
 from training.processes import Sums, add_sums
 
 
 def minibatch_order(episodes: int, options: PPOOptions, *, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """Episode indices of each minibatch of one pass; depends on its arguments alone. Sizes differ by at most one."""
-    order = np.random.default_rng([seed, step, epoch]).permutation(episodes)
-    return [part.tolist() for part in np.array_split(order, options.minibatches) if len(part)]
+    """Episode indices of each minibatch of one pass; depends on its arguments alone.
+
+    A prompt's samples stay together where there are prompts enough, so that its encoding is shared. Sizes differ by at most one prompt."""
+    samples = options.samples_per_prompt
+    together = samples if episodes % samples == 0 and episodes // samples >= options.minibatches else 1
+    order = np.random.default_rng([seed, step, epoch]).permutation(episodes // together)
+    parts = np.array_split(order, options.minibatches)
+    return [[int(unit) * together + sample for unit in part for sample in range(together)] for part in parts if len(part)]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the updates of a step have come to so far: part of a checkpoint in the middle of one.
+
+    `sums` are this process's own;  `deviation` is the largest |ratio - 1| before anything was updated;  `skipped` counts this step's."""
+
+    done: int = 0
+    sums: Sums = field(default_factory=dict)
+    deviation: float = 0.0
+    skipped: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Episodes of one optimiser step. `weights` (B, T): what each token counts in the policy's loss; `tokens`: real ones of the whole."""
+
+    experience: Experience
+    aims: Targets
+    kl_coefficient: float
+    indices: list[int]
+    weights: Tensor
+    tokens: int
 
 
 class Updates:
-    """Two optimisers, and the sums that the step event reports."""
+    """One optimiser for the policy, one for the value model, and the sums that the step event reports."""
 
     def __init__(self, actors: Actors, options: PPOOptions, *, steps: int, seed: int) -> None:
         self.actors = actors
         self.options = options
         self.seed = seed
-        per_step = options.passes * options.minibatches
+        self.budget = options.tokens_per_micro_batch
+        self.out_of_memory = 0
+        self.per_step = options.passes * options.minibatches
         value_options = replace(options, learning_rate=options.value_learning_rate or options.learning_rate)
-        self.per_step = per_step
-        self.policy = Optimiser(actors.policy, options, steps=steps * per_step)
-        self.value = Optimiser(actors.value, value_options, steps=steps * per_step)
+        self.optimisers = {
+            name: Optimiser(part, value_options if name == "value" else options, steps=steps * self.per_step)
+            for name, part in actors.voices.trained.items()
+        }
 
     @property
     def skipped(self) -> int:
-        return self.policy.skipped + self.value.skipped
+        return sum(optimiser.skipped for optimiser in self.optimisers.values())
 
-    def skipped_state(self) -> list[int]:
-        return [self.policy.skipped, self.policy.skipped_in_a_row, self.value.skipped, self.value.skipped_in_a_row]
+    def state(self) -> dict[str, object]:
+        skipped = {name: [optimiser.skipped, optimiser.skipped_in_a_row] for name, optimiser in self.optimisers.items()}
+        return {"skipped": skipped, "tokens_per_micro_batch": self.budget, "out_of_memory": self.out_of_memory}
 
-    def load_skipped_state(self, state: Sequence[int]) -> None:
-        self.policy.skipped, self.policy.skipped_in_a_row, self.value.skipped, self.value.skipped_in_a_row = state
+    def load_state(self, state: dict) -> None:
+        for name, optimiser in self.optimisers.items():
+            optimiser.skipped, optimiser.skipped_in_a_row = state["skipped"][name]
+        self.budget, self.out_of_memory = state["tokens_per_micro_batch"], state["out_of_memory"]
 
-    def update(self, experience: Experience, aims: Targets, step: int) -> tuple[Sums, dict[str, float]]:
-        """All passes of one step.
+    def update(self, experience: Experience, aims: Targets, step: int, kl_coefficient: float, tally: Tally) -> None:
+        """The next minibatch of the step, `tally.done`; what it came to is added to the tally.
 
-        Returns: this process's sums for `policy_loss`, `value_loss`, `approximate_kl`, `clip_share`, `value_clip_share`, `ratio`
-                 (means over real tokens of all passes), and numbers that are the same on every process: gradient norms of the last
-                 minibatch, learning rates, `first_ratio_deviation` (largest |ratio - 1| before anything was updated: 0 but for rounding).
-        """
-        sums: Sums = {}
-        skipped_before = self.skipped
-        done = step * self.per_step
+        Sums: `policy_loss`, `approximate_kl`, `clip_share`, `ratio`, with a value model `value_loss` and `value_clip_share` (means over
+        real tokens of all passes), with a KL term in the loss `kl_loss`. Numbers, the same on every process: gradient norms of the last
+        minibatch and learning rates."""
+        epoch, number = divmod(tally.done, self.options.minibatches)
+        order = minibatch_order(len(experience.rows), self.options, seed=self.seed, step=step, epoch=epoch)
+        if number < len(order):
+            deviation = self._accumulate(experience, aims, kl_coefficient, order[number], tally.sums)
+            if tally.done == 0:
+                tally.deviation = max(self.actors.processes.gather(deviation))
+            for name, optimiser in self.optimisers.items():
+                update = optimiser.step(step * self.per_step + tally.done, self.actors.processes)
+                tally.skipped += update.skipped
+                tally.numbers |= _numbers("" if name == "policy" else f"{name}_", update)
+        tally.done += 1
+
+    def _accumulate(self, experience: Experience, aims: Targets, kl_coefficient: float, indices: list[int], sums: Sums) -> float:
+        """Gradients of both losses over the whole minibatch, whatever the micro-batches and processes; where memory runs out, in smaller
+        micro-batches. Returns the largest |ratio - 1| on this process."""
+        mask = experience.mask[indices]
+        weights = token_weights(mask, ESTIMATORS[self.options.advantage_estimator].average, self.options.max_completion_tokens)
+        batch = Minibatch(experience, aims, kl_coefficient, indices, weights, int(mask.sum()))
+        mine = self.actors.processes.share(range(len(indices)), [float(len(experience.rows[index])) for index in indices])
+        while True:
+            part: Sums = {}
+            deviation = self._attempt(batch, mine, part)
+            (ran_out,) = self.actors.processes.any(deviation is None)
+            if deviation is not None and not ran_out:
+                add_sums(sums, part)
+                return deviation
+            self._halve()
+
+    def _attempt(self, batch: Minibatch, mine: Sequence[int], sums: Sums) -> float | None:
+        """Forward and backward of this process's part; None where memory ran out."""
+        rows = [batch.experience.rows[batch.indices[place]] for place in mine]
         deviation = 0.0
-        for epoch in range(self.options.passes):
-            for number, indices in enumerate(minibatch_order(len(experience.rows), self.options, seed=self.seed, step=step, epoch=epoch)):
-                found = self._minibatch(experience, aims, indices, sums)
-                if epoch == 0 and number == 0:
-                    deviation = max(self.actors.processes.gather(found))
-                policy_update = self.policy.step(done, self.actors.processes)
-                value_update = self.value.step(done, self.actors.processes)
-                done += 1
-        return sums, {
-            "first_ratio_deviation": deviation,
-            "gradient_norm": policy_update.gradient_norm,
-            "value_gradient_norm": value_update.gradient_norm,
-            "learning_rate": policy_update.learning_rate,
-            "value_learning_rate": value_update.learning_rate,
-            "skipped_steps": float(self.skipped),
-            "skipped_now": float(self.skipped - skipped_before),
-        }
-
-    def _minibatch(self, experience: Experience, aims: Targets, indices: Sequence[int], sums: Sums) -> float:
-        """Gradients of both losses, each the mean over the real tokens of the whole minibatch, whatever the micro-batches and processes."""
-        lengths = [len(experience.rows[index]) for index in indices]
-        tokens = int(experience.mask[list(indices)].sum())
-        mine = self.actors.processes.share(indices, [float(length) for length in lengths])
-        deviation = 0.0
-        for group in length_groups([len(experience.rows[index]) for index in mine], budget=self.options.tokens_per_micro_batch):
-            found, part = self._backward(experience, aims, [mine[place] for place in group], tokens)
-            deviation = max(deviation, found)
-            add_sums(sums, part)
+        try:
+            with closing(self.actors.voices.learned(rows, budget=self.budget)) as passes:  # type: ignore[type-var]
+                for said in passes:
+                    deviation = max(deviation, self._backward(batch, said, [mine[row] for row in said.rows], sums))
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            return None
         return deviation
 
-    def _backward(self, experience: Experience, aims: Targets, indices: list[int], tokens: int) -> tuple[float, Sums]:
-        """One micro-batch. Policy and value are two models: the graph of the first is gone before the second is built."""
-        actors, device = self.actors, self.actors.processes.device
-        padded = pad_rows([experience.rows[index] for index in indices], actors.encoder.pad_id).to(device)
-        width = experience.mask.shape[1]
-        places = torch.tensor(indices)
-        mask, old_logps, old_values, advantages, returns = (
-            tensor[places].to(device) for tensor in (experience.mask, experience.logps, experience.values, aims.advantages, aims.returns)
-        )
-        with actors.processes.autocast():
-            logps = actors.logps(actors.policy, padded)[:, :width]
-        terms = policy_terms(logps, old_logps, advantages, self.options.clip_range)
-        policy_loss = terms.loss.masked_fill(~mask, 0).sum()
-        (policy_loss / tokens).backward()
-        with actors.processes.autocast():
-            values = actors.values(padded)[:, :width]
-        losses, value_clipped = value_terms(values, old_values, returns, self.options.value_clip_range or None)
-        value_loss = losses.masked_fill(~mask, 0).sum()
-        (value_loss / tokens).backward()
-        here = float(mask.sum())
-        sums: Sums = {
-            "policy_loss": (float(policy_loss.detach()), here),
-            "value_loss": (float(value_loss.detach()), here),
-            "approximate_kl": (float(terms.approximate_kl[mask].sum()), here),
-            "clip_share": (float((terms.clipped & mask).sum()), here),
-            "value_clip_share": (float((value_clipped & mask).sum()), here),
-            "ratio": (float(terms.ratio[mask].sum()), here),
-        }
-        return float((terms.ratio[mask] - 1).abs().max()), sums
+    def _halve(self) -> None:
+        for optimiser in self.optimisers.values():
+            optimiser.adamw.zero_grad(set_to_none=True)
+        free_memory()
+        if self.budget == 1:
+            raise TrainingFailed(
+                "Memory ran out: an episode does not fit even alone.",
+                remedy="Set gradient_checkpointing = true or lora_rank, lower max_prompt_tokens or max_completion_tokens.",
+            )
+        longest = self.options.max_prompt_tokens + self.options.max_completion_tokens
+        self.budget = self.budget // 2 if self.budget > longest else 1
+        self.out_of_memory += 1
+
+    def _backward(self, batch: Minibatch, said: Said, places: list[int], sums: Sums) -> float:
+        """One forward pass: `places` are its rows' places in the minibatch."""
+        experience, aims = batch.experience, batch.aims
+        episodes, device = [batch.indices[place] for place in places], self.actors.processes.device
+        mask = experience.mask[episodes].to(device)
+        loss, deviation, width = torch.zeros((), device=device), 0.0, mask.shape[1]
+        if said.logps is not None:
+            logps = said.logps[:, :width]
+            old, advantages = experience.logps[episodes].to(device), aims.advantages[episodes].to(device)
+            terms = policy_terms(logps, old, advantages, self.options.clip_range)
+            losses = terms.loss
+            if self.options.kl_in == "loss":
+                kl = {"k2": kl_k2, "k3": kl_k3}[self.options.kl_estimator](logps, experience.reference_logps[episodes].to(device))
+                losses = losses + batch.kl_coefficient * kl
+                _count(sums, "kl_loss", kl, mask)
+            loss = loss + (losses * batch.weights[places].to(device)).masked_fill(~mask, 0).sum()
+            for name, values in (("approximate_kl", terms.approximate_kl), ("clip_share", terms.clipped), ("ratio", terms.ratio)):
+                _count(sums, name, values, mask)
+            _count(sums, "policy_loss", terms.loss, mask)
+            deviation = float((terms.ratio[mask] - 1).abs().max())
+        if said.values is not None and aims.returns is not None:
+            old_values, returns = experience.values[episodes].to(device), aims.returns[episodes].to(device)
+            errors, clipped = value_terms(said.values[:, :width], old_values, returns, self.options.value_clip_range or None)
+            loss = loss + errors.masked_fill(~mask, 0).sum() / batch.tokens
+            _count(sums, "value_loss", errors, mask)
+            _count(sums, "value_clip_share", clipped, mask)
+        loss.backward()
+        return deviation
+
+
+def _count(sums: Sums, name: str, values: Tensor, mask: Tensor) -> None:
+    add_sums(sums, {name: (float(values.detach()[mask].double().sum()), float(mask.sum()))})
+
+
+def _numbers(prefix: str, update: Update) -> dict[str, float]:
+    return {f"{prefix}gradient_norm": update.gradient_norm, f"{prefix}learning_rate": update.learning_rate}

@@ -77,7 +77,7 @@ def sample_completions(
     model.eval()  # with gradient checkpointing, transformers ignores the cache in training mode
     try:
         found: list[list[Sample]] = [[] for _ in prompts]
-        for group in _groups([len(prompt) for prompt in prompts], sampling, samples):
+        for group in batches([len(prompt) for prompt in prompts], sampling, samples):
             engine = _Engine(model, sampling, sorted(stop_ids), pad_id, processes)
             drawn = engine.draw([prompts[place] for place in group], [streams[place] for place in group], samples)
             for place, rows in zip(group, drawn, strict=True):
@@ -126,7 +126,7 @@ def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
     return probabilities
 
 
-def _groups(lengths: Sequence[int], sampling: Sampling, samples: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], sampling: Sampling, samples: int) -> Iterator[list[int]]:
     """Places of prompts, longest first, cut where the cache of a group would pass the limit."""
     group: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):

@@ -9,17 +9,18 @@ import torch
 from alignment.ppo import train as ppo
 from alignment.ppo.actors import load_actors
 from alignment.ppo.advantages import episode_rewards, gae, whiten
-from alignment.ppo.experience import Experience, explained_variance, pack_left, targets
+from alignment.ppo.experience import Experience, explained_variance, targets
 from alignment.ppo.losses import kl_k1, policy_terms, value_terms
 from alignment.ppo.options import PPOOptions
-from alignment.ppo.update import Updates, minibatch_order
+from alignment.ppo.update import Tally, Updates, minibatch_order
 from alignment.rollout.built_in import draw_tokens
 from alignment.rollout.sampling import Sampling
+from rewardmodel.score import Scorer
 from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
 from training.errors import InputError, TrainingFailed
 from training.language_model import save_model
 from training.options import OptionError, parse_options
-from training.pack import Row, pad_rows
+from training.pack import Row
 from training.processes import Processes
 
 pytestmark = pytest.mark.training
@@ -151,11 +152,11 @@ def test_lora_trains_adapters_and_takes_the_adapter_off_for_the_reference(home: 
     run = ppo_run(tmp_path / "run", home, lora_rank=4, learning_rate=1e-2, max_steps=3)
     options = parse_options(PPOOptions, run.options)
     actors = load_actors(run, make_encoder(), options, Processes("float32"))
-    assert actors.reference is None
+    assert actors.voices.reference is None
     trained = {name for name, parameter in actors.policy.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
-    assert any("score" in name for name, parameter in actors.value.named_parameters() if parameter.requires_grad)
+    assert any("score" in name for name, parameter in actors.voices.value.named_parameters() if parameter.requires_grad)
     ppo.run(run)
     first = events(run, "step")[0]["metrics"]
     assert first["kl_k1_nats"] == pytest.approx(0, abs=1e-4)
@@ -176,15 +177,24 @@ class Setting:
         self.updates = Updates(self.actors, self.options, steps=1, seed=0)
 
     def gradients(self) -> list[torch.Tensor]:
-        self.updates._minibatch(self.experience, self.aims, list(range(len(self.experience.rows))), {})
-        models = (self.actors.policy, self.actors.value)
+        self.minibatch({})
+        models = self.actors.voices.trained.values()
         return [parameter.grad.clone() for model in models for parameter in model.parameters() if parameter.grad is not None]
+
+    def minibatch(self, sums: dict) -> float:
+        everything = list(range(len(self.experience.rows)))
+        return self.updates._accumulate(self.experience, self.aims, self.options.kl_coefficient, everything, sums)
+
+    def judge(self, rows: list[Row]) -> torch.Tensor:
+        """Normalised scores, the mean over members."""
+        scorer = Scorer.load(self.run.inputs["reward_model"])
+        return scorer.views(scorer.raw_scores(rows)).mean
 
 
 def test_the_first_minibatch_has_ratio_one_no_kl_and_nothing_clipped(home: Path, tmp_path: Path):
     setting = Setting(home, tmp_path / "run", minibatches=1)
     sums: dict = {}
-    deviation = setting.updates._minibatch(setting.experience, setting.aims, list(range(16)), sums)
+    deviation = setting.minibatch(sums)
     means = {name: top / bottom for name, (top, bottom) in sums.items()}
     assert deviation < 1e-5
     assert means["ratio"] == pytest.approx(1, abs=1e-6)
@@ -200,7 +210,7 @@ def test_the_value_model_starts_as_the_reward_model_and_is_read_before_each_toke
         row = setting.experience.rows[place]
         for t in range(len(row.completion_ids)):
             before = Row(row.prompt_ids, row.completion_ids[:t])
-            score = setting.actors.scorer.normalise(setting.actors.scorer.raw_scores([before]))
+            score = setting.judge([before])
             assert setting.experience.values[place, t].item() == pytest.approx(score.item(), abs=1e-5)
 
 
@@ -210,8 +220,7 @@ def test_scores_are_those_of_the_reward_model_and_a_cut_completion_pays(home: Pa
     assert not experience.finished.all()
     sums = setting.aims.rewards.sum(1)
     assert torch.allclose(sums, experience.scores - 2.0 * (~experience.finished).float(), atol=1e-6)
-    expected = setting.actors.scorer.views(setting.actors.scorer.raw_scores(experience.rows)).mean
-    assert torch.allclose(experience.scores, expected, atol=1e-6)
+    assert torch.allclose(experience.scores, setting.judge(experience.rows), atol=1e-6)
 
 
 def test_micro_batches_and_padding_change_no_gradient(home: Path, tmp_path: Path):
@@ -227,8 +236,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(home: Path, tmp_path: 
     setting = Setting(home, tmp_path / "run", passes=1, minibatches=1)
     setting.aims.advantages[0, 0] = float("nan")
     before = [parameter.detach().clone() for parameter in setting.actors.policy.parameters()]
-    _, more = setting.updates.update(setting.experience, setting.aims, 0)
-    assert more["skipped_now"] == 1
+    tally = Tally()
+    setting.updates.update(setting.experience, setting.aims, 0, 0.05, tally)
+    assert tally.skipped == 1
     assert all(torch.equal(one, other) for one, other in zip(before, setting.actors.policy.parameters(), strict=True))
 
 
@@ -251,7 +261,7 @@ def test_a_saved_policy_that_is_not_the_trained_one_is_refused_and_nothing_is_lo
 
 
 def test_each_episode_is_in_one_minibatch_of_a_pass_and_each_prompt_in_each_epoch():
-    options = parse_options(PPOOptions, {"minibatches": 3})
+    options = parse_options(PPOOptions, {"minibatches": 3, "samples_per_prompt": 1})
     passes = [minibatch_order(10, options, seed=1, step=2, epoch=epoch) for epoch in (0, 1)]
     assert [len(part) for part in passes[0]] == [4, 3, 3]
     assert sorted(index for part in passes[0] for index in part) == list(range(10))
@@ -261,13 +271,6 @@ def test_each_episode_is_in_one_minibatch_of_a_pass_and_each_prompt_in_each_epoc
     assert sorted(order[:6]) == sorted(order[6:12]) == sorted(order[18:24]) == list(range(6))
     assert order[:6] != order[6:12]
     assert len(ppo.step_prompts(3, 0, 8, 0)) == 8
-
-
-def test_completions_are_packed_to_the_left_of_any_prompt():
-    rows = [Row([9, 9, 9], [1, 2]), Row([9], [3, 4, 5])]
-    padded = pad_rows(rows, 0)
-    assert pack_left(padded.input_ids, padded, 4).tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
-    assert pack_left(padded.input_ids, padded, 4, before=1).tolist() == [[9, 1, 0, 0], [9, 3, 4, 0]]
 
 
 def test_explained_variance_is_one_for_a_seer_and_zero_for_a_constant():

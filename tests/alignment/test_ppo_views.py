@@ -53,7 +53,7 @@ def test_each_view_pays_what_it_says(home: Path, tmp_path: Path):
 def test_the_value_model_starts_as_the_mean_of_the_members(home: Path, tmp_path: Path):
     """The value before token t is the members' mean of the normalised score of prompt + t tokens."""
     setting = Setting(home, tmp_path / "run", reward_view="worst")
-    scorer = setting.actors.scorer
+    scorer = Scorer.load(home / "reward")
     for place in (0, 5):
         row = setting.experience.rows[place]
         for t in range(len(row.completion_ids)):

@@ -1,0 +1,215 @@
+"""One backbone: policy, reference, value and reward model as adapters and heads over one set of frozen weights.
+
+PPO then needs little more memory than LoRA on one model, and one forward pass says what two or three models say. The reward model has to
+have been trained as LoRA over the very model PPO starts from, which is checked weight by weight.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from alignment.ppo.voices import Judged, Manner, Said
+from rewardmodel.members import ADAPTERS
+from rewardmodel.network import HEAD, Ensemble, mean_head, saved_ensemble
+from rewardmodel.score import REWARD_FILE, RewardNotes
+from training.encode import Encoder
+from training.errors import InputError
+from training.language_model import Lora, load_policy, save_model
+from training.merge import merged, plain_weight
+from training.pack import Row
+from training.packed_model import packs_rows
+from training.readings import Reading, Speech
+from training.slots import BARE, WEIGHTS, SlotLora, Slots
+
+POLICY, VALUE = "policy", "value"
+# A saved reward model is its backbone and its adapter added up in float32; more than this share of the largest weight is another backbone.
+ROUNDING = 1e-4
+
+
+class Shared:
+    """The one-backbone form of `alignment.ppo.voices.Voices`."""
+
+    def __init__(self, slots: Slots, reward: "Reward", manner: Manner, *, has_value_model: bool) -> None:
+        self.policy = slots
+        self.reward = reward
+        self.notes = reward.notes
+        self.manner = manner
+        self.speech = Speech(slots)
+        packs_rows(slots.model.base_model)  # tried once, now, while a single slot speaks
+        self.trained: dict[str, nn.Module] = {POLICY: slots.part(POLICY)}
+        if has_value_model:
+            slots.copy(VALUE, reward.slots[0])
+            self.value_head, mean, scale = mean_head(reward.heads, (self.notes.means, self.notes.scales), reward.kind)
+            self.value_notes = replace(self.notes, mean=mean, scale=scale)
+            self.trained[VALUE] = nn.ModuleDict({"adapter": slots.part(VALUE), "head": self.value_head})
+
+    @property
+    def has_value_model(self) -> bool:
+        return VALUE in self.trained
+
+    @torch.no_grad()
+    def judged(self, rows: Sequence[Row], read: Sequence[Row], *, budget: int, values: bool, logps: bool) -> Judged:
+        """One pass for all of them: what comes before a token is the same whether the last one is as written or as read."""
+        asked = [BARE, *self.reward.slots, *([VALUE] if values and self.has_value_model else []), *([POLICY] if logps else [])]
+        width = self.manner.width
+        found = Judged(
+            reference_logps=torch.zeros((len(rows), width)),
+            logps=torch.zeros((len(rows), width)),
+            values=torch.zeros((len(rows), width)),
+            raw_scores=torch.zeros((len(rows), len(self.reward.heads.weight))),
+        )
+        for reading in self._readings(read, budget * len(asked), asked):
+            places = list(reading.rows)
+            written = torch.tensor([token for place in places for token in rows[place].completion_ids], device=self.manner.device)
+            found.reference_logps[places] = self._logps(reading, 0, written).cpu()
+            found.raw_scores[places] = self.reward.scores(reading, first=1).cpu()
+            if VALUE in asked:
+                found.values[places] = self._values(reading, asked.index(VALUE)).cpu()
+            if POLICY in asked:
+                found.logps[places] = self._logps(reading, asked.index(POLICY), written).cpu()
+        return found
+
+    def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
+        """Policy and value in one pass."""
+        asked = [POLICY, VALUE] if self.has_value_model else [POLICY]
+        for reading in self._readings(rows, budget, asked):
+            values = self._values(reading, 1) if self.has_value_model else None
+            yield Said(reading.rows, self._logps(reading, 0, reading.targets), values)
+
+    def _readings(self, rows: Sequence[Row], budget: int, slots: Sequence[str]) -> Iterator[Reading]:
+        with self.policy.speaking(*slots):
+            yield from self.manner.passes(self.policy, rows, budget=budget, copies=len(slots))
+
+    def _logps(self, reading: Reading, copy: int, targets: Tensor) -> Tensor:
+        found = self.speech.logps(reading, copy=copy, temperature=self.manner.temperature, targets=targets)
+        return reading.by_row(found, self.manner.width)
+
+    def _values(self, reading: Reading, copy: int) -> Tensor:
+        raw = _said(self.value_head, reading.predicting(copy))[:, 0]
+        return reading.by_row((raw - self.value_notes.means[0]) / self.value_notes.scales[0], self.manner.width)
+
+    def save_value(self, folder: Path, encoder: Encoder) -> None:
+        with self.policy.speaking(VALUE):
+            plain = merged(self.policy)
+        config = plain.config
+        config.num_labels = 1
+        with torch.device("meta"):
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+        model.base_model.load_state_dict(plain.base_model.state_dict(), assign=True)
+        setattr(model, HEAD, self.value_head)
+        save_model(model, encoder, folder, notes={REWARD_FILE: self.value_notes.as_json()})
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """The reward model inside a shared backbone: its slots (one, or one a member), its heads and its notes."""
+
+    slots: tuple[str, ...]
+    heads: nn.Linear
+    kind: Any
+    notes: RewardNotes
+
+    def scores(self, reading: Reading, *, first: int) -> Tensor:
+        """(B, M) float32 scores of the rows, read at their last tokens; `first` is the copy of the first slot."""
+        if len(self.slots) == 1:
+            return _said(self.heads, reading.last(first))
+        members = [_said(self.heads, reading.last(first + member))[:, member] for member in range(len(self.slots))]
+        return torch.stack(members, 1)
+
+
+def _said(head: nn.Linear, states: Tensor) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float()).float()
+
+
+def why_not_shared(model: str, reward_model: str, reference: str | None, lora_rank: int) -> str:
+    """Empty where the reward model's folder has adapters that could share the policy's backbone; else why not. (Weights come later.)"""
+    if not lora_rank:
+        return "lora_rank = 0 trains all weights"
+    if reference and Path(reference).resolve() != Path(model).resolve():
+        return f"the reference {reference} is another model than the policy's start {model}"
+    if not _adapter_folders(Path(reward_model)):
+        return f"the reward model {reward_model} was not trained with LoRA"
+    return ""
+
+
+def load_slots(model: str, reward_model: str, notes: RewardNotes, *, lora: Lora, seed: int, **given: Any) -> tuple[Slots, Reward]:
+    """The policy's start with the reward model's adapters and a new one for the policy.
+
+    Raises:  InputError if the reward model's backbone is not this model.
+    """
+    plain = load_policy(model, quantise=lora.quantise, **given)
+    slots = Slots(plain, POLICY)
+    folders = _adapter_folders(Path(reward_model))
+    names = tuple(f"reward-{number}" for number in range(len(folders)))
+    for name, folder in zip(names, folders, strict=True):
+        slots.read(name, folder)
+    ensemble = saved_ensemble(reward_model) or Ensemble()
+    reward = Reward(names, _checked_heads(slots, names, Path(reward_model), model), ensemble.kind, notes)
+    slots.add(POLICY, lora, seed=seed)
+    if Speech(slots).needs_logits:
+        raise InputError(f"{model} has an output head that does not stand alone.", remedy="Set backbone = 'separate'.")
+    if given.get("gradient_checkpointing"):
+        plain.enable_input_require_grads()
+    return slots, reward
+
+
+def _adapter_folders(reward_model: Path) -> list[Path]:
+    """Of each member, or of the one; empty where there is none."""
+    folder = reward_model / ADAPTERS
+    members = sorted(folder.glob("member-*"), key=lambda place: int(place.name.removeprefix("member-")))
+    return members or ([folder] if (folder / WEIGHTS).exists() else [])
+
+
+@torch.no_grad()
+def _checked_heads(slots: Slots, names: tuple[str, ...], reward_model: Path, model: str) -> nn.Linear:
+    """The reward model's heads, once each of its other weights has been found in the backbone: bare, or with its one adapter added."""
+    head: dict[str, Tensor] = {}
+    compared = 0
+    with slots.speaking(names[0]):
+        for file in sorted(reward_model.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    tensor = opened.get_tensor(key)
+                    if key.startswith(f"{HEAD}."):
+                        head[key.removeprefix(f"{HEAD}.")] = tensor
+                    elif key.startswith(f"{slots.model.base_model_prefix}."):
+                        expected = _expected(slots, key, add=len(names) == 1)
+                        if expected is None or expected.shape != tensor.shape or not _near(expected, tensor):
+                            raise InputError(
+                                f"The reward model {reward_model} stands on another backbone than {model}: {key} differs.",
+                                remedy="Train the reward model with lora_rank on the model PPO starts from, or set backbone = 'separate'.",
+                            )
+                        compared += 1
+    if "weight" not in head or not compared:
+        raise InputError(f"{reward_model} holds no weights of a reward model.", remedy="Put the folder's files back.")
+    layer = nn.Linear(head["weight"].shape[1], len(head["weight"]), bias="bias" in head)
+    layer.load_state_dict({name: tensor.float() for name, tensor in head.items()})
+    return layer.requires_grad_(False).to(next(slots.parameters()).device)
+
+
+def _expected(slots: Slots, key: str, *, add: bool) -> Tensor | None:
+    parent, _, leaf = key.rpartition(".")
+    try:
+        module: Any = slots.model.get_submodule(parent)
+    except AttributeError:
+        return None
+    layer = module.layer if isinstance(module, SlotLora) else module
+    if not hasattr(layer, leaf):
+        return None
+    tensor = plain_weight(layer) if leaf == "weight" else getattr(layer, leaf)
+    if add and isinstance(module, SlotLora) and leaf == "weight":
+        for slot in module.active_adapters:
+            tensor = tensor + module.get_delta_weight(slot)
+    return tensor.float().cpu()
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    other = other.float()
+    return float((one - other).abs().max()) <= ROUNDING * max(float(other.abs().max()), 1e-6)
