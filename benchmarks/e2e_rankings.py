@@ -1,7 +1,7 @@
 """The main job on what people really judged: SFT, reward model, and from there DPO, listwise DPO, PPO, RLOO and best-of-n, on the E2E
 restaurant texts and their human rankings; and PPO that goes too far, from one reward model and from the pessimistic score of four.
 
-    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2 3] [--long-seeds 0 1] [--parts direct ppo rloo long]
+    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2 3] [--long-seeds 0 1] [--parts light firm long]
                                       [--folder var/benchmarks/e2e] [--workers 2] [--json FILE] [--figures docs/figures]
 
 Every stage is an ordinary run directory (`e2e_stages`); what is done is not done again, so the whole can be stopped and started at will.
@@ -44,6 +44,7 @@ def one_seed(task: Task, seed: int, parts: Sequence[str], results: Results) -> d
             more = {name: seen[f"{variant.name}.{name}"] for name in ("win_rate", "win_rate_low", "win_rate_high")}
             more["training_seconds"] = results[seed, variant.name]["seconds"]
             report["policies"].append({"family": variant.family, "setting": variant.setting, **_beside(texts, start), **more})
+    report["policies"].sort(key=lambda policy: list(LABELS).index(policy["family"]))
     for view in LONG_VIEWS:
         if (seed, f"long-{view}") in results:
             report["long"][view] = along(home / f"long-{view}")

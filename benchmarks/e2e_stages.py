@@ -29,7 +29,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     "dpo": {"epochs": 1, "batch_rankings": 16, "learning_rate": 1e-4},
     "ppo": {
         "max_steps": 16,
-        "prompts_per_step": 64,
+        "prompts_per_step": 32,
         "samples_per_prompt": 4,
         "minibatches": 4,
         "learning_rate": 2e-4,
@@ -39,8 +39,9 @@ LEARNING: dict[str, dict[str, Any]] = {
 # Long enough to go past what the reward model knows: no KL penalty holds it, and its learning rate does not fall.
 LONG = LEARNING["ppo"] | {"max_steps": 40, "kl_coefficient": 0.0, "schedule": "constant", "evaluate_steps": 4, "evaluation_prompts": 260}
 LONG_VIEWS = {"single": ("reward", {}), "pessimistic": ("ensemble", {"reward_view": "mean_minus_spread"})}
-DPO_BETAS, KL_COEFFICIENTS = (0.1, 0.3), (0.05, 0.2)
-PARTS = ("direct", "ppo", "rloo", "long")
+# How firmly each policy is held to SFT: a part of the plan, and a point of the frontier, for each.
+HOLDS = {"light": {"beta": 0.1, "kl": 0.05}, "firm": {"beta": 0.3, "kl": 0.2}}
+PARTS = (*HOLDS, "long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +59,16 @@ class Variant:
 
 
 def variants(part: str) -> list[Variant]:
-    if part == "direct":
-        losses = {"dpo": "sigmoid", "listwise": "plackett_luce"}
-        return [
-            Variant(family, beta, "dpo", LEARNING["dpo"] | {"loss": loss, "beta": beta})
-            for family, loss in losses.items()
-            for beta in DPO_BETAS
-        ]
-    if part in ("ppo", "rloo"):
-        more = {"advantage_estimator": "rloo"} if part == "rloo" else {}
-        return [Variant(part, kl, "ppo", LEARNING["ppo"] | {"kl_coefficient": kl} | more) for kl in KL_COEFFICIENTS]
-    return []
+    if part not in HOLDS:
+        return []
+    beta, kl = HOLDS[part]["beta"], HOLDS[part]["kl"]
+    online = LEARNING["ppo"] | {"kl_coefficient": kl}
+    return [
+        Variant("dpo", beta, "dpo", LEARNING["dpo"] | {"beta": beta}),
+        Variant("listwise", beta, "dpo", LEARNING["dpo"] | {"beta": beta, "loss": "plackett_luce"}),
+        Variant("ppo", kl, "ppo", online),
+        Variant("rloo", kl, "ppo", online | {"advantage_estimator": "rloo"}),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,8 @@ class Task:
         return Stage(seed, f"long-{view}", "ppo", inputs, LONG | options, ("sft", judge))
 
     def _evaluated(self, seed: int, part: str, names: Sequence[str]) -> Stage:
-        every = ["sft", *names] if part == "direct" else list(names)
-        models = {name: self.model(seed, name) for name in every}
-        inputs = {"models": models, "baseline": models.get("sft") or self.model(seed, "sft"), "data": _digested(self.snapshot)}
+        models = {name: self.model(seed, name) for name in names}
+        inputs = {"models": models, "baseline": self.model(seed, "sft"), "data": _digested(self.snapshot)}
         options = {"samples": SAMPLES, "split": "held_out", "max_completion_tokens": 100, "table_samples": 1_000_000, "table_whole": True}
         inputs["reward_model"] = self.model(seed, "reward")
         return Stage(seed, f"evaluate-{part}", "evaluate", inputs, options, ("sft", "reward", *names))
