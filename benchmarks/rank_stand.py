@@ -40,15 +40,19 @@ class Stand:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _python(self, module: str, *words: str, row: Row) -> None:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-        if row.device == "cpu":
-            offline["CUDA_VISIBLE_DEVICES"] = ""
-        offline["RANKLOOP_CACHE"] = str(self.folder / "cache" / uuid.uuid4().hex)  # no run finds what another one computed
-        environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(row.threads), "MKL_NUM_THREADS": str(row.threads)}
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words], cwd=HOUSE, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SideFailed(
-                f"python -m {module} {' '.join(words)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
+        run_python([sys.executable, "-m", module, *words], row, cache=self.folder / "cache")
+
+
+def run_python(command: list[str], row: Row, *, cache: Path) -> None:
+    """A process without network or telemetry, with the row's threads and device, and with nothing kept from an earlier one.
+
+    Raises: SideFailed with the end of what it said."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    if row.device == "cpu":
+        offline["CUDA_VISIBLE_DEVICES"] = ""
+    offline["RANKLOOP_CACHE"] = str(cache / uuid.uuid4().hex)  # no run finds what another one computed
+    environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(row.threads), "MKL_NUM_THREADS": str(row.threads)}
+    done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        what = " ".join(["python", *command[1:]])
+        raise SideFailed(f"{what} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

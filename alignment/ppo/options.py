@@ -34,7 +34,8 @@ class PPOOptions(TrainingOptions):
     advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"  # all but gae do without a value model
 
     kl_coefficient: float = 0.05  # reward per nat; the first one, where a target adapts it
-    kl_in: Literal["reward", "loss"] = "reward"  # a penalty of each token's reward, or a term of the loss
+    # a penalty of each token's reward; in the loss it misses what a token does to the KL of later ones
+    kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 in the reward; k2 or k3 in the loss
     kl_target_nats: float = 0.0  # KL of whole completions to keep to; 0: the coefficient stays fixed
     kl_horizon_episodes: int = 10_000
@@ -100,8 +101,8 @@ class PPOOptions(TrainingOptions):
         )
         require(
             self.kl_in != "loss" or self.kl_estimator != "k1",
-            "kl_estimator = k1 in the loss pulls nowhere: the expectation of its gradient is 0. Use k2 (the gradient of the KL where "
-            "samples are the policy's own) or k3 (GRPO's; its gradient is that of the KL the other way round), or kl_in = reward.",
+            "kl_estimator = k1 in the loss pulls nowhere: the expectation of its gradient is 0. Use k2 (the gradient of each "
+            "token's own KL) or k3 (GRPO's; its gradient is that of the KL the other way round), or kl_in = reward.",
         )
         if self.has_value_model:
             return

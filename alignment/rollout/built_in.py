@@ -3,26 +3,36 @@
 Randomness belongs to the sequence: its uniform numbers come from a generator seeded by (seed, step, prompt, sample), and a token is
 drawn by inverting the cumulative distribution. The same sequence comes out whatever stands beside it in the batch, and on however many
 processes the prompts are spread. (Logits of another batch shape differ in their last bits; a draw changes only if its uniform
-number falls into that gap, about once in ten million tokens.)
+number falls into that gap: hardly ever where few tokens are likely, about once in ten thousand tokens where thousands are.)
 
 A model's `generation_config` is not consulted: the top-k, top-p or repetition rules that many hub models carry would change the
 distribution behind the trainer's back.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from alignment.rollout.cache import RoomyLayer, in_parts, join_parts
+from alignment.rollout.packed_weights import packed_weights
 from alignment.rollout.sampling import Sample, Sampling
-from training.errors import InputError, TrainingFailed
+from training.errors import TrainingFailed
 from training.language_model import output_head, unwrap
+from training.pack import length_groups
 from training.processes import Processes
+
+# Tokens of the vocabulary summed at once when one is drawn.
+BLOCK = 128
+# Most padded tokens of prompts that are read at once, and what another pass costs as if it were tokens.
+PREFILL_TOKENS = {"cpu": (2048, 64), "accelerator": (16_384, 1024)}
 
 
 @dataclass(slots=True)
@@ -77,11 +87,14 @@ def sample_completions(
     model.eval()  # with gradient checkpointing, transformers ignores the cache in training mode
     try:
         found: list[list[Sample]] = [[] for _ in prompts]
-        for group in batches([len(prompt) for prompt in prompts], sampling, samples):
-            engine = _Engine(model, sampling, sorted(stop_ids), pad_id, processes)
-            drawn = engine.draw([prompts[place] for place in group], [streams[place] for place in group], samples)
-            for place, rows in zip(group, drawn, strict=True):
-                found[place] = rows
+        # Packing costs as much as a few steps of decoding, and helps from a few rows on.
+        packs = len(prompts) * samples >= 4 and sampling.max_new_tokens >= 16 and (processes is None or processes.dtype == "float32")
+        with packed_weights(unwrap(model)) if packs else nullcontext():
+            for group in batches([len(prompt) for prompt in prompts], sampling, samples):
+                engine = _Engine(model, sampling, sorted(stop_ids), pad_id, processes)
+                drawn = engine.draw([prompts[place] for place in group], [streams[place] for place in group], samples)
+                for place, rows in zip(group, drawn, strict=True):
+                    found[place] = rows
     finally:
         model.train(was_training)
     return [sample for rows in found for sample in rows]
@@ -99,18 +112,40 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[T
     Args:    logits (R, V);  uniforms (R,) float64 in [0, 1).
     Returns: tokens (R,) int64; logps (R,), entropies (R,) float32, both of softmax(logits / temperature) before any truncation.
     """
-    logps = (logits.float() / sampling.temperature).log_softmax(-1)
-    probabilities = logps.exp()
-    entropies = -(probabilities * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
+    scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    # A token that cannot come (-inf) is kept finite, or its share of the entropy would be 0 * inf.
+    shifted = (scaled - scaled.amax(-1, keepdim=True)).clamp_(min=torch.finfo(torch.float32).min)
+    weights = shifted.exp()
+    totals = weights.sum(-1, keepdim=True)
     if sampling.greedy:
-        tokens = logps.argmax(-1)
+        tokens = shifted.argmax(-1)
     else:
-        allowed = _truncate(probabilities, sampling)
-        # float64: a float32 running sum over a large vocabulary would shift the tail by more than its probability.
-        cumulative = allowed.double().cumsum(-1)
-        wanted = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, logps.gather(-1, tokens[:, None])[:, 0], entropies
+        tokens = _invert(_truncate(weights / totals, sampling) if sampling.truncates else weights, uniforms)
+    log_totals = totals.log()
+    logps = shifted.gather(-1, tokens[:, None]) - log_totals
+    entropies = log_totals - shifted.mul_(weights).sum(-1, keepdim=True) / totals
+    return tokens, logps[:, 0], entropies[:, 0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """(R,): the token at which each row's running sum of weights (R, V), not normalised, passes uniform * total.
+
+    Found in two steps, the block and then the token in it: a running float64 sum over a whole large vocabulary costs more than the model.
+    In float64, because a float32 running sum would shift the tail by more than its probability; float32 sums of one block do not."""
+    rows, vocabulary = weights.shape
+    blocks = -(-vocabulary // BLOCK)
+    padded = F.pad(weights, (0, blocks * BLOCK - vocabulary)) if vocabulary % BLOCK else weights
+    blocked = padded.view(rows, blocks, BLOCK)
+    outer = blocked.sum(-1).double().cumsum(-1)
+    wanted = uniforms[:, None] * outer[:, -1:]
+    block = torch.searchsorted(outer, wanted, right=True).clamp(max=blocks - 1)
+    ends = outer.gather(-1, block)
+    starts = torch.where(block > 0, outer.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    # Rounding must not carry the draw beyond the block's last token with any weight.
+    share = ((wanted - starts) / (ends - starts)).clamp(0.0, 1 - 2.0**-53)
+    inner = blocked[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inner, share * inner[:, -1:], right=True)
+    return (block * BLOCK + place)[:, 0].clamp(max=vocabulary - 1)
 
 
 def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
@@ -171,26 +206,43 @@ class _Engine:
         return self._samples(batch, prompts, samples)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], streams: Sequence[int], samples: int) -> tuple[DynamicCache, Tensor, _Batch]:
-        width, room = max(map(len, prompts)), self.sampling.max_new_tokens
-        ids = np.full((len(prompts), width), self.pad_id, dtype=np.int64)
+        width, room = len(prompts[0]), self.sampling.max_new_tokens  # the longest comes first
         mask = np.zeros((len(prompts), width + room), dtype=np.int64)
-        mask[:, width:] = 1
         for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = prompt
-            mask[place, width - len(prompt) : width] = 1
+            mask[place, width - len(prompt) :] = 1
         whole = torch.from_numpy(mask).to(self.device)
-        positions = (whole[:, :width].cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.plain.config)
-        logits = self._forward(torch.from_numpy(ids).to(self.device), whole[:, :width], positions, cache)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        cache, logits = self._read(prompts, samples)
         uniforms = np.stack([uniform_numbers(self.sampling, stream, sample) for stream in streams for sample in range(samples)])
-        _expand(cache, samples, room)
         batch = _Batch(
             owner=torch.arange(len(prompts) * samples, device=self.books),
             mask=whole.repeat_interleave(samples, dim=0),
-            positions=(positions[:, -1] + 1).repeat_interleave(samples, dim=0),
+            positions=lengths.repeat_interleave(samples, dim=0),
             uniforms=torch.from_numpy(uniforms).to(self.books),
         )
         return cache, logits.repeat_interleave(samples, dim=0), batch
+
+    def _read(self, prompts: Sequence[Sequence[int]], samples: int) -> tuple[DynamicCache, Tensor]:
+        """The cache of all rows, and (P, V): what each prompt's first token is drawn from. Prompts of near length are read together."""
+        lengths = [len(prompt) for prompt in prompts]
+        groups = [list(range(len(prompts)))]
+        if in_parts(DynamicCache(config=self.plain.config)):
+            budget, overhead = PREFILL_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
+            groups = length_groups(lengths, budget=budget, overhead=overhead)
+        caches, logits = [], []
+        for group in groups:
+            width = lengths[group[0]]
+            ids = np.full((len(group), width), self.pad_id, dtype=np.int64)
+            mask = np.zeros((len(group), width), dtype=np.int64)
+            for row, place in enumerate(group):
+                ids[row, width - lengths[place] :] = prompts[place]
+                mask[row, width - lengths[place] :] = 1
+            seen = torch.from_numpy(mask).to(self.device)
+            caches.append(DynamicCache(config=self.plain.config))
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)
+            logits.append(self._forward(torch.from_numpy(ids).to(self.device), seen, positions, caches[-1]))
+        cache = join_parts(caches, list(map(len, groups)), width=lengths[0], samples=samples, room=self.sampling.max_new_tokens)
+        return cache, torch.cat(logits)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """(R, V): logits of the token after the last one. Never more than one position's logits exist."""
@@ -214,7 +266,7 @@ class _Engine:
         order[holes] = moved
         here, holes, moved = (index.to(self.device) for index in (order, holes, moved))
         for layer in cache.layers:
-            if isinstance(layer, _RoomyLayer):
+            if isinstance(layer, RoomyLayer):
                 layer.move(holes, moved, left)
             elif isinstance(layer, DynamicLayer):
                 layer.batch_select_indices(here)
@@ -245,58 +297,3 @@ class _Engine:
                 )
             )
         return found
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values in a buffer with room for the whole completion: a new token is written in place, where the stock layer copies
-    everything at every step; and a finished row costs one row's copy, not the batch's."""
-
-    def __init__(self, layer: DynamicLayer, samples: int, room: int) -> None:
-        super().__init__()
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
-        self.length = keys.shape[-2]
-        self._keys, self._values = (self._buffer(tensor, samples, room) for tensor in (keys, values))
-        self.rows = self._keys.shape[0]
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._show()
-
-    @staticmethod
-    def _buffer(tensor: Tensor, samples: int, room: int) -> Tensor:
-        rows, heads, length, size = tensor.shape
-        buffer = tensor.new_empty((rows * samples, heads, length + room, size))
-        buffer[:, :, :length] = tensor.repeat_interleave(samples, dim=0)
-        return buffer
-
-    def _show(self) -> None:
-        self.keys = self._keys[: self.rows, :, : self.length]
-        self.values = self._values[: self.rows, :, : self.length]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[-2]
-        self._keys[: self.rows, :, self.length : end] = key_states
-        self._values[: self.rows, :, self.length : end] = value_states
-        self.length = end
-        self._show()
-        return self._keys[: self.rows, :, :end], self._values[: self.rows, :, :end]
-
-    def move(self, holes: Tensor, moved: Tensor, rows: int) -> None:
-        if len(holes):
-            for buffer in (self._keys, self._values):
-                buffer[holes, :, : self.length] = buffer[moved, :, : self.length]
-        self.rows = rows
-        self._show()
-
-
-def _expand(cache: DynamicCache, samples: int, room: int) -> None:
-    """Each prompt's cache once for each of its samples; in place, also for the cache kinds that have no roomy form (sliding windows)."""
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[place] = _RoomyLayer(layer, samples, room)
-        elif not isinstance(layer, DynamicLayer):
-            raise InputError(
-                f"The model keeps a recurrent state ({type(layer).__name__}), which padding on the left would change.",
-                remedy="Use a model whose layers all attend, such as Llama, Qwen or Gemma.",
-            )
-        elif samples > 1:
-            layer.batch_repeat_interleave(samples)

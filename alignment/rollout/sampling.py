@@ -33,8 +33,13 @@ class Sampling:
                 f"(greedy=True takes the most likely token); got {self}."
             )
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are kept from being drawn."""
+        return bool(self.top_k) or self.top_p < 1
+
     def require_exact(self) -> None:
-        if self.greedy or self.top_k or self.top_p < 1:
+        if self.greedy or self.truncates:
             raise ValueError(
                 "Training samples from the whole distribution at one temperature: with greedy, top_k or top_p the importance ratio and the "
                 "KL would be those of another policy than the one that wrote the tokens. Set temperature alone."

@@ -8,13 +8,9 @@ import torch
 
 from alignment.ppo import train as ppo
 from alignment.ppo.actors import load_actors
-from alignment.ppo.advantages import episode_rewards, gae, whiten
 from alignment.ppo.experience import Experience, explained_variance, targets
-from alignment.ppo.losses import kl_k1, policy_terms, value_terms
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.update import Tally, Updates, minibatch_order
-from alignment.rollout.built_in import draw_tokens
-from alignment.rollout.sampling import Sampling
 from rewardmodel.score import Scorer
 from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
 from training.errors import InputError, TrainingFailed
@@ -68,51 +64,6 @@ def test_a_reward_model_of_other_tokens_is_refused(home: Path, tmp_path: Path):
 def test_completions_beyond_the_models_positions_are_refused(home: Path, tmp_path: Path):
     with pytest.raises(InputError, match="128 positions"):
         ppo.run(ppo_run(tmp_path / "run", home, max_completion_tokens=125))
-
-
-def test_on_a_table_ppo_reaches_the_closed_form():
-    """Two tokens of a vocabulary of 4, a table of logits for each prefix: the optimum of reward - beta KL is pi_ref exp(r / beta) / Z.
-
-    Same sampling, rewards, advantages and losses as the trainer. Tolerance: at the optimum every pair has the same total, reward minus
-    KL penalty, so the noise of sampling vanishes there and only the distance still to go is left; .01 in total variation is far more
-    than the last steps move (1e-4 was measured), and the start is .7 away.
-    """
-    beta, episodes, steps = 0.5, 1000, 250
-    generator = torch.Generator().manual_seed(0)
-    reference = torch.randn((5, 4), generator=generator)  # row 0: the first token; row 1 + a: the second, after a
-    table = torch.randn((4, 4), generator=generator)  # reward of each pair
-    logits, values = reference.clone().requires_grad_(), torch.zeros(5, requires_grad=True)
-    adam = torch.optim.Adam([{"params": [logits], "lr": 0.05}, {"params": [values], "lr": 0.1}], eps=1e-5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.99 * step / steps)
-    mask = torch.ones((episodes, 2), dtype=torch.bool)
-
-    def distribution(rows: torch.Tensor) -> torch.Tensor:
-        logps = rows.log_softmax(-1)
-        return (logps[0][:, None] + logps[1:]).exp().detach()
-
-    def gathered(rows: torch.Tensor) -> torch.Tensor:
-        return rows.log_softmax(-1)[states, tokens]
-
-    for _ in range(steps):
-        uniforms = torch.rand((2, episodes), generator=generator, dtype=torch.float64)
-        first = draw_tokens(logits.detach()[0].expand(episodes, 4), uniforms[0], Sampling(2))[0]
-        second = draw_tokens(logits.detach()[1 + first], uniforms[1], Sampling(2))[0]
-        states, tokens = torch.stack([torch.zeros_like(first), 1 + first], 1), torch.stack([first, second], 1)
-        old_logps, old_values = gathered(logits).detach(), values.detach()[states]
-        kl = kl_k1(old_logps, gathered(reference))
-        advantages, returns = gae(episode_rewards(table[first, second], kl, mask, beta), old_values, mask, 1.0, 0.95)
-        advantages = whiten(advantages, mask)
-        for _ in range(2):
-            adam.zero_grad()
-            loss = policy_terms(gathered(logits), old_logps, advantages, 0.2).loss.mean()
-            (loss + value_terms(values[states], old_values, returns, 0.2)[0].mean()).backward()
-            adam.step()
-        schedule.step()
-    best = distribution(reference) * (table / beta).exp()
-    best = best / best.sum()
-    away = [0.5 * (distribution(rows) - best).abs().sum().item() for rows in (reference, logits)]
-    assert away[0] > 0.3
-    assert away[1] < 0.01
 
 
 def test_ppo_raises_an_obvious_reward(home: Path, tmp_path: Path):

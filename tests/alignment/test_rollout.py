@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from alignment.rollout.built_in import draw_tokens, sample_completions, uniform_numbers
+from alignment.rollout.packed_weights import packed_weights
 from alignment.rollout.sampling import Sample, Sampling
 from tests.alignment.letters import make_policy
 from training.errors import TrainingFailed
-from training.language_model import Lora, add_lora, completion_statistics
+from training.language_model import Lora, add_lora, completion_logps, completion_statistics
 from training.pack import pad_rows
 
 PROMPTS = [[3, 4, 5, 2], [6, 2], [8, 7, 6, 5, 4, 3, 2], [4, 2]]
@@ -92,6 +93,18 @@ def test_tokens_follow_the_distribution_exactly(temperature: float):
     assert stats.chisquare(seen, hoped * seen.sum() / hoped.sum()).pvalue > 1e-4
 
 
+def test_each_token_of_a_large_vocabulary_has_its_own_share_of_the_unit_interval():
+    """Token v of 1,000 (not a whole number of blocks) has weight v; its interval is [v (v - 1) / 2, v (v + 1) / 2) / 499,500."""
+    weights = torch.arange(1000.0)
+    tokens = torch.arange(1, 1000)
+    starts = (tokens * (tokens - 1)).double() / 2 / 499_500
+    widths = tokens.double() / 499_500
+    for share in (0.001, 0.5, 0.999):
+        found, logps, _ = draw_tokens(weights.log().expand(999, -1), starts + share * widths, Sampling(1))
+        assert found.tolist() == tokens.tolist()
+        assert torch.allclose(logps.double(), widths.log(), atol=1e-5)
+
+
 def test_a_token_without_probability_is_never_drawn():
     """The ends of the unit interval are the risk: 0 must not fall on a leading zero, nor the largest number below 1 beyond the last one."""
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
@@ -130,6 +143,25 @@ def test_log_probabilities_and_entropies_are_those_of_a_fresh_forward_pass(kind:
         assert torch.allclose(sample.logps, logps[place, here], atol=1e-5)
         assert torch.allclose(sample.entropies, entropies[place, here], atol=1e-5)
     assert len({len(sample.completion_ids) for sample in found}) > 1  # rows left the batch at different times
+
+
+def test_packed_weights_write_what_the_model_says_and_are_gone_afterwards():
+    """A head of 2^18 weights is packed, once there are rows and steps enough."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with packed_weights(model):
+        assert "forward" in vars(model.lm_head)
+    found = draw(model, max_new_tokens=16)
+    assert "forward" not in vars(model.lm_head)
+    padded = pad_rows([sample.row for sample in found], 1)
+    logps = completion_logps(model, padded.input_ids, padded.attention_mask, padded.completion_mask)
+    for place, sample in enumerate(found):
+        here = slice(len(sample.prompt_ids), len(sample.row))
+        assert torch.allclose(sample.logps, logps[place, here], atol=2e-5)
 
 
 def test_any_of_several_stop_tokens_ends_a_completion_and_is_kept():
