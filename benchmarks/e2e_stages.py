@@ -28,7 +28,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     "reward": {"epochs": 3, "batch_rankings": 32, "learning_rate": 1e-4, "learning_curve": []},
     "dpo": {"epochs": 1, "batch_rankings": 16, "learning_rate": 1e-4},
     "ppo": {
-        "max_steps": 16,
+        "max_steps": 10,
         "prompts_per_step": 32,
         "samples_per_prompt": 4,
         "minibatches": 4,
@@ -37,7 +37,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     },
 }
 # Long enough to go past what the reward model knows: no KL penalty holds it, and its learning rate does not fall.
-LONG = LEARNING["ppo"] | {"max_steps": 40, "kl_coefficient": 0.0, "schedule": "constant", "evaluate_steps": 4, "evaluation_prompts": 260}
+LONG = LEARNING["ppo"] | {"max_steps": 24, "kl_coefficient": 0.0, "schedule": "constant", "evaluate_steps": 3, "evaluation_prompts": 260}
 LONG_VIEWS = {"single": ("reward", {}), "pessimistic": ("ensemble", {"reward_view": "mean_minus_spread"})}
 # How firmly each policy is held to SFT: a part of the plan, and a point of the frontier, for each.
 HOLDS = {"light": {"beta": 0.1, "kl": 0.05}, "firm": {"beta": 0.3, "kl": 0.2}}
