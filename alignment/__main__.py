@@ -1,7 +1,7 @@
 """`python -m alignment RUN_DIR`: do what the run directory's config.json says. Exit statuses: docs/data-flow.md, section 2.
 
 Several processes: `python -m alignment RUN_DIR --processes 2`, or `accelerate launch --num_processes 2 -m alignment RUN_DIR` (with
-`--cpu` where there is no accelerator).
+`--cpu` where there is no accelerator). Add `--config_file alignment/launch/fsdp2.yaml` to either, and they share the weights.
 """
 
 import os
@@ -17,9 +17,11 @@ import importlib
 import logging
 import sys
 import traceback
+from pathlib import Path
 
-from alignment.fan_out import fan_out, processes_asked_of_accelerate
+from alignment.fan_out import asked_of_accelerate, fan_out
 from training.errors import InputError, Stopped, TrainingFailed
+from training.launched import of_config_file
 from training.rundir import RunDirectory
 
 MODULES = {
@@ -37,6 +39,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignment", description="Do what a run directory's config.json says.")
     parser.add_argument("run_directory")
     parser.add_argument("--processes", type=int, default=0, help="Start this many on this machine. Default: as the launcher says, else 1.")
+    parser.add_argument("--config_file", type=Path, help="Of accelerate: how many processes, and how they share the weights.")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -47,9 +50,13 @@ def main(arguments: list[str]) -> int:
     if run.result() is not None:
         sys.stderr.write(f"{run.path} has its result already.\n")
         return DONE
-    processes = given.processes or processes_asked_of_accelerate(os.environ)
+    try:
+        count, variables = of_config_file(given.config_file) if given.config_file else asked_of_accelerate(os.environ)
+    except InputError as error:
+        return _failed(run, BAD_INPUT, str(error), error.remedy)
+    processes = given.processes or count
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return fan_out([given.run_directory], processes)
+        return fan_out([given.run_directory], processes, variables)
     run.is_writer = os.environ.get("RANK", "0") == "0"
     return guarded(run)
 

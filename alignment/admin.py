@@ -13,8 +13,11 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 
+from alignment.follow import alarms_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration
+from alignment.samples import read_samples
+from alignment.selectors import events_of
 from alignment.services.jobs import job_cancel, job_resume, job_retry
 from annotation.errors import Refused
 
@@ -81,12 +84,14 @@ class JobAdmin(ReadOnly):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         job = self.get_object(request, object_id)
-        return super().change_view(request, object_id, form_url, {**(extra_context or {}), "job": job})
+        shown = _seen(job) | {"written": read_samples(job.folder, limit=8)} if job else {}
+        return super().change_view(request, object_id, form_url, {**(extra_context or {}), "job": job, **shown})
 
     def live(self, request: HttpRequest, object_id: int) -> HttpResponse:
         if not self.has_view_permission(request):
             return HttpResponse(status=403)
-        return render(request, "alignment/_admin_progress.html", {"job": Job.objects.get(pk=object_id)})
+        job = Job.objects.get(pk=object_id)
+        return render(request, "alignment/_admin_progress.html", {"job": job, **_seen(job)})
 
     # -- columns
 
@@ -147,6 +152,10 @@ class JobAdmin(ReadOnly):
             except Refused as refused:
                 messages.warning(request, refused.message)
         return redirect(reverse("admin:alignment_job_changelist"))
+
+
+def _seen(job: Job) -> dict[str, Any]:
+    return {"alarms": alarms_of(events_of(job=job))[:5]}
 
 
 class JobInline(TabularInline):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.prompts import EncodedPrompt
-from alignment.rollout.built_in import sample_completions
+from alignment.rollout.engines import BuiltIn, Engine
 from alignment.rollout.sampling import Sample, Sampling
 from training.encode import Encoder
 from training.errors import Stopped
@@ -20,12 +20,13 @@ SEQUENCES_PER_BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A loaded policy, its encoder, and its prompts encoded by it."""
+    """A loaded policy, its encoder, its prompts encoded by it, and who writes with it (None: the built-in engine)."""
 
     name: str
     model: Any
     encoder: Encoder
     prompts: Sequence[EncodedPrompt]
+    engine: Engine | None = None
 
 
 def weights_digests(folder: str | Path) -> dict[str, str]:
@@ -47,9 +48,11 @@ def answers_in_blocks(
 ) -> Iterator[list[tuple[int, list[Sample]]]]:
     """(place of the prompt, its samples) of one block after another, in the order of the prompts, the same on every process.
 
-    Args:    first: the prompt to begin with. What a prompt is answered does not depend on it, nor on the blocks.
+    Args:    first: the prompt to begin with. What the built-in engine answers a prompt does not depend on it, nor on the blocks.
     Raises:  Stopped between blocks when SIGTERM asked for it.
     """
+    engine = policy.engine or BuiltIn(policy.encoder, processes)
+    engine.refresh(policy.model)
     size = max(1, SEQUENCES_PER_BLOCK // samples)
     for start in range(first, len(policy.prompts), size):
         (stop,) = processes.any(stop_requested())
@@ -57,16 +60,7 @@ def answers_in_blocks(
             raise Stopped(f"stopped at prompt {start} of {len(policy.prompts)}")
         block = range(start, min(start + size, len(policy.prompts)))
         mine = processes.share(block, [float(len(policy.prompts[place].prompt_ids)) for place in block])
-        drawn = sample_completions(
-            policy.model,
-            [policy.prompts[place].prompt_ids for place in mine],
-            sampling,
-            stop_ids=policy.encoder.stop_ids,
-            pad_id=policy.encoder.pad_id,
-            samples=samples,
-            streams=mine,
-            processes=processes,
-        )
+        drawn = engine.sample([policy.prompts[place].prompt_ids for place in mine], sampling, samples=samples, streams=mine)
         local = [(place, drawn[number * samples : (number + 1) * samples]) for number, place in enumerate(mine)]
         yield sorted((pair for part in processes.gather(local) for pair in part), key=lambda pair: pair[0])
 

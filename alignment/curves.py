@@ -15,12 +15,14 @@ DASHES = ("", "6 4", "1 4")
 # (question, unit, metrics drawn together); a metric that is in none gets a chart of its own, under its name.
 QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Does the reward rise?", "reward", ("reward", "held_out_reward")),
+    ("Do the reward model's members agree that it rises?", "reward", ("held_out_reward_mean", "held_out_reward_pessimistic")),
     ("Does the loss fall, also on prompts that it does not learn from?", "nats", ("loss", "held_out_loss", "held_out_log_loss")),
     ("Does it order the completions as people did?", "share of pairs", ("accuracy", "held_out_accuracy")),
     ("How far is the policy from its reference?", "nats a completion", ("kl_k1_nats", "held_out_kl_k1_nats", "kl_k3_nats")),
     ("How clearly does it tell better from worse?", "margin", ("margin", "held_out_margin")),
     ("Do the texts grow longer or shorter?", "tokens", ("length_tokens", "held_out_length_tokens")),
     ("Does it still say different things?", "nats a token", ("entropy_nats", "held_out_entropy_nats")),
+    ("Does it give one answer to different prompts?", "share of texts", ("held_out_duplicate_share",)),
     ("Does the value model foresee the returns?", "share of variance", ("explained_variance",)),
     ("Do the log-probabilities of good and bad texts move apart?", "nats", ("chosen_log_ratio", "rejected_log_ratio")),
     ("How likely are good and bad texts themselves?", "nats a completion", ("chosen_logps", "rejected_logps")),

@@ -1,8 +1,8 @@
 """One run in several processes on this machine: `python -m alignment RUN_DIR --processes N`.
 
 `accelerate launch --cpu --num_processes N` starts a single process without a word (accelerate 1.15 leaves the rest to mpirun). A run
-that finds itself so started reads N from its parent's command line and fans out here. Unlike the launchers of accelerate and torch,
-this one passes on the exit status, so that 75 (stopped at a checkpoint) arrives.
+that finds itself so started reads N, and the config file, from its parent's command line and fans out here. Unlike the launchers of
+accelerate and torch, this one passes on the exit status, so that 75 (stopped at a checkpoint) arrives.
 """
 
 import os
@@ -14,35 +14,47 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from training.launched import of_config_file
+
 GRACE_SECONDS = 60.0  # for the others, once one process has failed or ended
 
 
-def processes_asked_of_accelerate(environment: Mapping[str, str]) -> int:
-    """N of `accelerate launch --cpu --num_processes N`, where accelerate has started one process only; else 1."""
+def asked_of_accelerate(environment: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+    """(N, what its config file says about sharding) of `accelerate launch --cpu --config_file FILE --num_processes N`, where accelerate has
+    started one process only, and told it nothing of the file; else (1, {}).
+
+    Raises: InputError where the config file cannot be read.
+    """
     alone = "WORLD_SIZE" not in environment and "MASTER_PORT" in environment
     if not alone or environment.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
-        return 1
+        return 1, {}
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
     except OSError:
-        return 1
+        return 1, {}
+    config = _option(words, "__config_file")
+    count, variables = of_config_file(Path(config)) if config else (1, dict[str, str]())
+    number = _option(words, "__num_processes")
+    return int(number) if number.isdigit() else count, variables
+
+
+def _option(words: Sequence[str], wanted: str) -> str:
     for place, word in enumerate(words):
         name, _, value = word.partition("=")
-        if name.replace("-", "_") == "__num_processes":
-            text = value or (words[place + 1] if place + 1 < len(words) else "")
-            return int(text) if text.isdigit() else 1
-    return 1
+        if name.replace("-", "_") == wanted:
+            return value or (words[place + 1] if place + 1 < len(words) else "")
+    return ""
 
 
-def fan_out(arguments: Sequence[str], count: int) -> int:
-    """Start `python -m alignment *arguments` `count` times as ranks of one group; signals are passed on.
+def fan_out(arguments: Sequence[str], count: int, variables: Mapping[str, str] | None = None) -> int:
+    """Start `python -m alignment *arguments` `count` times as ranks of one group, given `variables`; signals are passed on.
 
     Returns: the first exit status that is not 0, or 0. Once one process fails, the others, which would wait for it for ever, are ended.
     """
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     children = []
     for rank in range(count):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, **(variables or {}), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         children.append(subprocess.Popen([sys.executable, "-m", "alignment", *arguments], env=environment))
 
     def pass_on(number: int, _frame: object) -> None:

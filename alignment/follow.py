@@ -33,6 +33,18 @@ def progress_of(events: Iterable[dict[str, Any]], *, warnings: int = 0) -> dict[
     return changes
 
 
+def alarms_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Alarms of PPO's guards (`step`, `name`, `seen`, `remedy`, `action`), the newest first. A resumed run takes up at its checkpoint and
+    says again what it said of later steps: until then those do not count."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event.get("kind") == "resume":
+            found = [alarm for alarm in found if alarm["step"] <= int(event.get("step") or 0)]
+        elif event.get("kind") == "alarm":
+            found.append({**event, "step": int(event.get("step") or 0), "name": str(event.get("name", "alarm")).replace("_", " ")})
+    return found[::-1]
+
+
 def _step(event: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {"step": int(event.get("step") or 0)}
     if event.get("steps"):

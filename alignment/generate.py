@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_
 from alignment.candidates import Judge, Kept
 from alignment.options import GenerateOptions
 from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
+from alignment.rollout.engines import Place, engine_of
 from alignment.rollout.sampling import Sampling
+from alignment.selection import best_of_n_kl_bound, rejection_kl_bound
 from training.encode import Encoder
 from training.errors import InputError
 from training.language_model import load_policy
@@ -29,7 +32,9 @@ def run(run_directory: RunDirectory) -> None:
 
     Metrics: `completions`, `prompts`, `length_tokens`, `unfinished_share` (cut at max_completion_tokens), `empty_share`, `duplicate_share`
     (same text as an earlier sample of its prompt), `distinct_1`, `distinct_2`, `logprob_nats` (mean of whole completions); with a reward
-    model `score`, `score_spread`, `score_worst` and `disagreement`, means over what is kept.
+    model `score`, `score_spread`, `score_worst` and `disagreement`, means over what is kept; with keep = best or rejection
+    `kl_bound_nats`, how far what is kept can be from the policy as it was sampled, and with rejection `acceptance_rate`,
+    `not_accepted_share` (of what is kept), `above_highest_share` (of the candidates) and `kl_estimate_nats` (`alignment.selection`).
     A run that was stopped or killed goes on after the last prompt whose samples are all written; its texts are the same.
     """
     options = parse_options(GenerateOptions, run_directory.options)
@@ -40,10 +45,12 @@ def run(run_directory: RunDirectory) -> None:
     rows, split = choose_split(prompt_rows(run_directory.data_file()), options.split)
     prompts, counts = encode_prompts(rows[: options.max_prompts or None], encoder, max_dropped_share=options.max_dropped_share)
     run_directory.event("counts", prompts=counts, split=split)
+    engine = engine_of(options.engine, Place(name, encoder, processes, run_directory.path / "scratch", options.engine_url))
     model = load_policy(name, device=processes.device).requires_grad_(False)
     check_room(model, prompts, options.max_completion_tokens)
     judge = _judge(run_directory, options, processes)
-    _write(run_directory, options, Policy(name, model, encoder, prompts), judge, processes=processes, counts=counts)
+    with closing(engine):
+        _write(run_directory, options, Policy(name, model, encoder, prompts, engine), judge, processes=processes, counts=counts)
 
 
 def _judge(run: RunDirectory, options: GenerateOptions, processes: Processes) -> Judge | None:
@@ -58,7 +65,13 @@ def _judge(run: RunDirectory, options: GenerateOptions, processes: Processes) ->
 
 
 def _write(
-    run: RunDirectory, options: GenerateOptions, policy: Policy, judge: Judge | None, *, processes: Processes, counts: dict[str, Any]
+    run: RunDirectory,
+    options: GenerateOptions,
+    policy: Policy,
+    judge: Judge | None,
+    *,
+    processes: Processes,
+    counts: dict[str, Any],
 ) -> None:
     partial = run.path / PARTIAL
     first = resume_at(partial, [prompt.key for prompt in policy.prompts], options.samples) if processes.is_main else 0
@@ -73,7 +86,9 @@ def _write(
     started = time.monotonic()
     sampling = _sampling(options, run.seed, policy)
     for block in answers_in_blocks(policy, sampling, processes, samples=options.drawn, first=first):
-        kept = judge.choose(policy, block) if judge else [(place, [Kept(sample) for sample in samples]) for place, samples in block]
+        kept = (
+            judge.choose(policy, sampling, block) if judge else [(place, [Kept(sample) for sample in samples]) for place, samples in block]
+        )
         if processes.is_main:
             lines = [_line(policy, sampling, place, one) for place, chosen in kept for one in chosen]
             with partial.open("a", encoding="utf-8") as file:
@@ -110,6 +125,8 @@ def _finish(run: RunDirectory, options: GenerateOptions, policy: Policy, *, seco
     else:
         partial.replace(final)
     metrics, found = summary(final)
+    if not options.most_uncertain_prompts:  # which chooses among prompts by their candidates: that is another distribution again
+        metrics |= kl_bound(final, options)
     if disputes:
         table = run.path / "prompts_by_disagreement.jsonl"
         write_atomically(table, "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in disputes))
@@ -201,11 +218,29 @@ def summary(file: Path) -> tuple[dict[str, float], dict[str, int]]:
     }, dict(found)
 
 
+def kl_bound(file: Path, options: GenerateOptions) -> dict[str, float]:
+    """`kl_bound_nats` of a completions file, the mean over its prompts; empty where nothing was chosen by score.
+
+    Of rejection sampling it is the tight one only under `highest_score`: where the candidates' own highest stands for it, they are not
+    accepted independently, and log(candidates / samples) is what is known."""
+    if options.keep == "best":
+        return {"kl_bound_nats": best_of_n_kl_bound(options.drawn, options.samples)}
+    if options.keep != "rejection":
+        return {}
+    acceptance = [json.loads(line)["rejection"]["acceptance"] for line in whole_lines(file)]
+    known = [0.0] * len(acceptance) if options.highest_score is None else acceptance
+    bounds = [rejection_kl_bound(one, options.drawn, options.samples) for one in known]
+    return {"kl_bound_nats": sum(bounds) / max(1, len(bounds))}
+
+
 def _judged_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     score = row.get("score")
     if not score:
         return {}
     numbers = {"score": score["mean"], "score_spread": score["spread"], "score_worst": score["worst"]}
+    if notes := row.get("rejection"):
+        numbers |= {"acceptance_rate": notes["acceptance"], "not_accepted_share": float(not notes["accepted"])}
+        numbers |= {name: notes[name] for name in ("above_highest_share", "kl_estimate_nats")}
     return numbers if row["disagreement"] is None else {**numbers, "disagreement": row["disagreement"]}
 
 
@@ -237,4 +272,6 @@ def _line(policy: Policy, sampling: Sampling, place: int, kept: Kept) -> str:
         row |= {"score": kept.score, "disagreement": kept.disagreement}
         if kept.member_scores is not None:
             row["member_scores"] = kept.member_scores
+    if kept.rejection is not None:
+        row["rejection"] = kept.rejection
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from alignment.loss_kinds import LOSS_KINDS
+from alignment.rollout.names import EngineName, require_engine
 from training.options import TrainingOptions, require
 
 
@@ -119,9 +120,13 @@ class GenerateOptions:
 
     samples: int = 4
     candidates: int = 0  # drawn for each prompt, `samples` of them kept; 0: as samples
-    keep: Literal["first", "best", "uncertain"] = "first"  # by score, or the set whose order the reward model's members dispute most
-    reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, for best
+    # best: by score. rejection: accepted with probability exp((score - highest) / rejection_beta). uncertain: the set whose order the
+    # reward model's members dispute most.
+    keep: Literal["first", "best", "rejection", "uncertain"] = "first"
+    reward_view: Literal["mean", "worst", "mean_minus_spread"] = "mean"  # of the members' scores, for best and rejection
     spread_weight: float = 1.0
+    rejection_beta: float = 0.5  # normalised reward per nat: the kl_coefficient whose optimum is drawn from
+    highest_score: float | None = None  # no score is above it; without it, that of the prompt's candidates: then nearly the optimum
     most_uncertain_prompts: int = 0  # keep only so many prompts, the most disputed ones; 0: all
     split: Literal["all", "train", "held_out"] = "all"
     max_prompts: int = 0  # the first so many; 0: all
@@ -135,6 +140,8 @@ class GenerateOptions:
     max_dropped_share: float = 0.02
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cache_tokens: int = 65_536  # most tokens of prompts and completions held at once
+    engine: EngineName = "built_in"  # who writes: docs/data-flow.md, section on engines
+    engine_url: str = ""  # of a vLLM server
 
     def __post_init__(self) -> None:
         _check_sampling(self)
@@ -142,9 +149,16 @@ class GenerateOptions:
         require(self.candidates == 0 or self.candidates >= self.samples, "candidates must be at least samples (0: as samples).")
         require(
             (self.keep == "first") == (self.drawn == self.samples),
-            "keep = best or uncertain chooses `samples` of more `candidates`: give both, or neither.",
+            "keep = best, rejection or uncertain chooses `samples` of more `candidates`: give both, or neither.",
         )
+        require(self.rejection_beta > 0, "rejection_beta must be positive.")
+        require(self.highest_score is None or self.keep == "rejection", "highest_score goes with keep = rejection: leave it out.")
         require(self.spread_weight >= 0, "spread_weight must not be negative.")
+        require_engine(self.engine, self.engine_url)
+        require(
+            self.engine == "built_in" or not (self.greedy or self.top_k or self.top_p < 1),
+            f"engine = {self.engine} draws from the whole distribution alone: greedy, top_k and top_p need engine = built_in.",
+        )
         require(self.most_uncertain_prompts >= 0, "most_uncertain_prompts must not be negative.")
         disputes = self.keep == "uncertain" or self.most_uncertain_prompts
         require(not disputes or self.samples >= 2, "a dispute is about pairs: set samples = 2 or more.")

@@ -6,23 +6,27 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from django.conf import settings
 from django.db.models import Count, F, QuerySet
 
 from alignment.child import child_command, gpu_count
 from alignment.curves import charts_of, figures_of, shown
-from alignment.follow import COUNTED_AS_WARNING
+from alignment.follow import alarms_of
 from alignment.knowledge import knowledge_of, told_elsewhere
 from alignment.ledgers import ledger_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
+from alignment.samples import Written, read_samples
 from annotation.errors import Refused
 from annotation.models import Completion
 from training.errors import InputError
 from training.rundir import RunDirectory
 
-MOST_SAMPLES = 5000  # read of a file, to show a few
+FEW_SAMPLES, ALL_SAMPLES = 8, 1000  # on a page
+NEWEST_STEPS = 12  # evaluations that a page offers at once; the others are folded away
+SMALL_PRINT = {"kl_k1_nats": "KL in nats (k1)", "kl_k3_nats": "KL in nats (k3)"}
 DISPUTED_FILE = "prompts_by_disagreement.jsonl"
 
 
@@ -175,19 +179,6 @@ def _iso(moment: datetime | None) -> str | None:
     return moment.isoformat() if moment else None
 
 
-def samples_of(*, job: Job, limit: int) -> list[dict[str, Any]]:
-    """Texts that the run wrote, the newest step's where it wrote at several; empty when the folder is not on this machine."""
-    for name in ("samples.jsonl", "completions.jsonl"):
-        try:
-            with (job.folder / name).open(encoding="utf-8") as lines:
-                rows = [json.loads(line) for _, line in zip(range(MOST_SAMPLES), lines, strict=False) if line.strip()]
-        except (OSError, ValueError):
-            continue
-        newest = max((row.get("step") or 0 for row in rows), default=0)
-        return [row for row in rows if (row.get("step") or 0) == newest][:limit]
-    return []
-
-
 def lineage_lines(*, job: Job, model: TrainedModel | None) -> list[str]:
     """Where a run comes from and what came of it, in words."""
     lines = [
@@ -214,9 +205,12 @@ def counts_in(events: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((event for event in reversed(events) if event.get("kind") == "counts"), None)
 
 
-def run_page(*, job: Job) -> dict[str, Any]:
-    """What the page of a run shows."""
+def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) -> dict[str, Any]:
+    """What the page of a run shows.
+
+    Args:    step: of the evaluation whose samples are shown; None: the newest one."""
     events = events_of(job=job)
+    written = read_samples(job.folder, limit=ALL_SAMPLES if all_samples else FEW_SAMPLES, step=step)
     charts = charts_of(events)
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
     knowledge = knowledge_of(job.folder / "model") if job.method == Job.Method.REWARD else None
@@ -229,11 +223,13 @@ def run_page(*, job: Job) -> dict[str, Any]:
         "charts": [chart for chart in charts if chart.known],
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
-        "warnings": [event for event in events if event.get("kind") in COUNTED_AS_WARNING][-20:][::-1],
+        "alarms": alarms_of(events)[:20],
+        "warned": sum(event.get("kind") == "warning" for event in events),
+        "warnings": [event for event in events if event.get("kind") == "warning"][-20:][::-1],
         "ledger": ledger_of(counts_in(events)),
         "knowledge": knowledge,
         "figures": figures_of(told_elsewhere(job.metrics) if knowledge else job.metrics),
-        "samples": [_sample_shown(sample) for sample in samples_of(job=job, limit=8)],
+        **_samples_shown(written, asked=step, all_samples=all_samples),
         "disputed": disputed_of(job=job, limit=10) if job.method == Job.Method.GENERATE else [],
         "facts": facts(job),
         "percent": round(100 * job.share_done),
@@ -244,18 +240,31 @@ def run_page(*, job: Job) -> dict[str, Any]:
     }
 
 
+def _samples_shown(written: Written, *, asked: int | None, all_samples: bool) -> dict[str, Any]:
+    chosen = {"step": asked} if asked is not None else {}
+    return {
+        "samples": [_sample_shown(sample) for sample in written.rows],
+        "written": written,
+        "asked_step": asked,
+        "newest_steps": written.steps[:NEWEST_STEPS],
+        "older_steps": written.steps[NEWEST_STEPS:],
+        "query": urlencode(chosen | ({"all": 1} if all_samples else {})),
+    }
+
+
 def _sample_shown(sample: dict[str, Any]) -> dict[str, Any]:
     """A written text with its question, the text that it is compared with, and the rest as small print."""
     messages = sample.get("messages") or []
     known = ("messages", "text", "baseline_text", "sampling", "score", "member_scores")
     rest = {name: value for name, value in sample.items() if name not in known}
     score = sample.get("score")
-    rest |= {f"score {name}": value for name, value in score.items()} if isinstance(score, dict) else {"score": score} if score else {}
+    scores = {f"score {name}": value for name, value in score.items()} if isinstance(score, dict) else {"score": score}
+    rest = {name: value for name, value in (scores | rest).items() if value is not None}
     return {
         "question": messages[-1].get("content", "") if messages else "",
         "text": sample.get("text", ""),
         "baseline": sample.get("baseline_text"),
-        "small": {name: shown(value) if isinstance(value, float) else value for name, value in rest.items()},
+        "small": {SMALL_PRINT.get(name, name): shown(value) if isinstance(value, float) else value for name, value in rest.items()},
     }
 
 

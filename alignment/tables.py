@@ -1,13 +1,14 @@
 """Tables for terminals."""
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from alignment.curves import figures_of
+from alignment.curves import figures_of, shown
 from alignment.models import Job
 from alignment.progress import duration
 
@@ -16,6 +17,46 @@ def as_text(table: Table, width: int = 120) -> str:
     stream = io.StringIO()
     Console(file=stream, width=width, highlight=False).print(table)
     return stream.getvalue().rstrip()
+
+
+# Marks that turn the direction of writing: with them a text can be shown as what it is not.
+TURNING = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+
+
+def printable(text: str) -> str:
+    """Untrusted text for a terminal: what could move the cursor, colour, hide or command is shown as its code; line ends and tabs stay."""
+    return "".join(
+        char if char in "\n\t" or (unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") and char not in TURNING) else _code(char)
+        for char in text
+    )
+
+
+def _code(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+
+
+def sample_lines(sample: dict[str, Any]) -> list[str]:
+    """Prompt, output, score and KL of one sample, with what else is known of it."""
+    known = ("step", "key", "messages", "text", "baseline_text", "score", "kl_k1_nats", "kl_k3_nats", "tokens", "finished")
+    score = sample.get("score")
+    facts = [f"score {name} {shown(value)}" for name, value in score.items()] if isinstance(score, dict) else []
+    facts += [f"score {shown(score)}"] if isinstance(score, int | float) else []
+    facts += [f"KL {shown(sample[f'kl_{name}_nats'])} nats ({name})" for name in ("k1", "k3") if sample.get(f"kl_{name}_nats") is not None]
+    facts += [f"{sample['tokens']} tokens"] if "tokens" in sample else []
+    facts += ["cut at the length limit"] if sample.get("finished") is False else []
+    facts += [f"{name.replace('_', ' ')} {value}" for name, value in sample.items() if name not in known and isinstance(value, str | int)]
+    lines = [printable(f"{sample.get('key', '')}  {', '.join(facts)}").strip().replace("\n", " ")]
+    for message in sample.get("messages") or []:
+        lines += _told(str(message.get("role", "")), str(message.get("content", "")))
+    lines += _told("output", str(sample.get("text", "")))
+    if sample.get("baseline_text") is not None:
+        lines += _told("output of its starting point", str(sample["baseline_text"]))
+    return [*lines, ""]
+
+
+def _told(who: str, text: str) -> list[str]:
+    """Indented, so that no text passes for a heading."""
+    return [f"  {printable(who)}:".replace("\n", " "), *(f"    {line}" for line in printable(text).split("\n"))]
 
 
 def figure_lines(metrics: dict[str, Any]) -> list[str]:

@@ -1,5 +1,7 @@
 """The engineers' pages: runs, one run, one model. Whoever may not see a thing is told that it does not exist."""
 
+from typing import Any
+
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpRequest, HttpResponse
@@ -32,6 +34,12 @@ def _job_or_404(request: HttpRequest, name: str) -> Job:
     return get_object_or_404(jobs, name=name)
 
 
+def _samples_wanted(request: HttpRequest) -> dict[str, Any]:
+    """`?step=N` chooses an evaluation, `all=1` all of its samples."""
+    step = request.GET.get("step", "")
+    return {"step": int(step) if step.isascii() and step.isdigit() else None, "all_samples": request.GET.get("all") == "1"}
+
+
 @require_GET
 @login_required
 @never_cache
@@ -47,7 +55,7 @@ def runs(request: HttpRequest) -> HttpResponse:
 @login_required
 @never_cache
 def run(request: HttpRequest, name: str) -> HttpResponse:
-    return render(request, "alignment/run.html", selectors.run_page(job=_job_or_404(request, name)))
+    return render(request, "alignment/run.html", selectors.run_page(job=_job_or_404(request, name), **_samples_wanted(request)))
 
 
 @require_GET
@@ -55,7 +63,7 @@ def run(request: HttpRequest, name: str) -> HttpResponse:
 @never_cache
 def run_live(request: HttpRequest, name: str) -> HttpResponse:
     """What moves on the page of a run; it asks for itself again as long as the run is active."""
-    return render(request, "alignment/_run_live.html", selectors.run_page(job=_job_or_404(request, name)))
+    return render(request, "alignment/_run_live.html", selectors.run_page(job=_job_or_404(request, name), **_samples_wanted(request)))
 
 
 @require_POST

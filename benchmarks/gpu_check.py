@@ -1,4 +1,4 @@
-"""The table of `rank_native` on an accelerator, with models of the sizes of Qwen2.5 0.5B and 1.5B (random weights) in bfloat16.
+"""The table of `rank_native` on an accelerator, and PPO, with models of the sizes of Qwen2.5 0.5B and 1.5B (random weights) in bfloat16.
 
     python -m benchmarks.gpu_check --json FILE [--size 0.5b 1.5b] [--device cuda]
 
@@ -7,6 +7,9 @@ both sides: (6 + 2 for DPO's reference) x weights of the matrices x distinct tok
 matrix counted for completion tokens and for DPO only, and 12 (16 with the reference) x layers x width x the places that each token sees.
 What a side computes twice or pads is therefore no work done. MFU is that over the seconds and the card's data-sheet rate; beside it
 stands the share of the rate that a large matrix product reaches on this very card.
+
+PPO runs Rankloop's one-backbone form alone (TRL 1.12's is compared on a CPU, by benchmarks/ppo.py): completion tokens a second over whole
+steps, the share of each part, and peak memory of the card.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import ppo
+from benchmarks.ppo_data import ROWS as PPO_ROWS
 from benchmarks.rank_data import DATA, MADE, Row, Size, tiny
 from benchmarks.rank_native import HEADER, line, measure
 from benchmarks.rank_stand import SideFailed, Stand
@@ -113,12 +118,35 @@ def measured_row(row: Row, stand: Stand, *, rate: float, sheet: float | None) ->
     return {**report, "flops_per_step": flops}
 
 
+def ppo_rows(size: str, device: str) -> list[Row]:
+    if size == "tiny":
+        return [replace(ppo.small(row), device=device, dtype="bfloat16") for row in PPO_ROWS]
+    longer = {"prompt_tokens": LONGER * 64, "completion_tokens": LONGER * 64, "micro_batch_tokens": 16_384}
+    return [replace(row, **longer, device=device, dtype="bfloat16", size=SIZES[size]) for row in PPO_ROWS]
+
+
+def measured_ppo(row: Row, home: Path) -> dict[str, Any]:
+    """Tokens a second and memory of a row of PPO; or why it could not be measured."""
+    try:
+        done = ppo.run_side(row, ppo.prepare(row, home), "shared")
+    except SideFailed as error:
+        return {"name": row.name, "failed": str(error)[-2000:]}
+    return {"name": row.name, "form": done["form"], **ppo.summary(row, [done])}
+
+
+def ppo_line(done: dict[str, Any], size: str) -> str:
+    shares = " / ".join(f"{done[f'{part}_share']:.2f}" for part in ppo.PARTS)
+    speed = f"{done['tokens_per_second']:,.0f} tokens a second, {done['episodes_per_second']:.2f} episodes"
+    peak = f"{done['peak_bytes'] / 2**20:,.0f} MiB"
+    return f"{size} {done['name']} ({done['form']}): {speed}; generation / scoring / updating {shares}; peak {peak}"
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--size", nargs="+", choices=[*SIZES, "tiny"], default=list(SIZES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in MADE])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in (*MADE, *PPO_ROWS)])
     parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -140,7 +168,13 @@ def main(words: list[str] | None = None) -> int:
             shares = [f"{done[f'share_of_matrix_rate_{side}']:.3f}" for side in ("ours", "trl")] if "failed" not in done else []
             print(f"{line(done)} {size}: {' / '.join(shares)} of the matrix rate" if shares else f"{size} {row.name} failed", flush=True)
             given.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    failed = [done for size in given.size for done in report[size] if "failed" in done or done["same_update"] is False]
+        for row in (row for row in ppo_rows(size, given.device) if given.rows is None or row.name in given.rows):
+            with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
+                report[size].append(measured_ppo(row, Path(name)))
+            done = report[size][-1]
+            print(f"{size} {row.name} failed" if "failed" in done else ppo_line(done, size), flush=True)
+            given.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    failed = [done for size in given.size for done in report[size] if "failed" in done or done.get("same_update") is False]
     return 1 if failed else 0
 
 

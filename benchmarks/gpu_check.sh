@@ -1,6 +1,6 @@
 #!/bin/sh
-# On a machine with a GPU: the shared prompt's equality tests in bfloat16, then Rankloop beside TRL with models of 0.5B and 1.5B.
-# Plain torch is enough. Usage: benchmarks/gpu_check.sh [RESULT.json]
+# On a machine with a GPU: the shared prompt's equality tests in bfloat16, then Rankloop beside TRL with models of 0.5B and 1.5B,
+# and Rankloop's PPO with both: tokens a second and memory. Plain torch is enough. Usage: benchmarks/gpu_check.sh [RESULT.json]
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

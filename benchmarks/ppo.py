@@ -9,11 +9,12 @@ minutes and a package index. Each side runs in processes of its own, one after t
 
 Rankloop runs in two forms: one backbone under adapters (`shared`, which `ratio` and `memory_ratio` are about) and, beside it, all weights
 of policy and value model (`classic_*`). `trl` trains all weights, as its examples do; `trl-lora` puts adapters on policy and value model.
-A row fails unless all sides generated the same number of tokens, made the same number of optimiser steps, and agree about log-probabilities,
-values and scores of given episodes under the models they start from.
+A row fails unless all sides generated the same number of tokens, made the same number of optimiser steps, and agree about the
+log-probabilities, values and scores of given episodes under the models they start from.
 
 ratio = Rankloop's episodes a second / TRL's.   memory_ratio = Rankloop's peak resident memory / TRL's, of the whole processes;
-memory_ratio_grown of what came after the imports.   ppo-memory: the same peak / that of SFT with the same adapters.
+memory_ratio_grown of what came after the imports.   processor_ratio = TRL's processor seconds a step / Rankloop's: with --threads 1 it can
+be trusted on a machine that is busy with other work.   ppo-memory: the same peak / that of SFT with the same adapters.
 """
 
 import argparse
@@ -87,6 +88,7 @@ def summary(row: Row, results: list[Result]) -> Result:
         "episodes_per_second": episodes / seconds,
         "tokens_per_second": episodes * row.completion_tokens / seconds,
         "seconds_per_step": seconds,
+        "processor_seconds_per_step": median(median(result["processor_seconds"][row.warmup_steps :]) for result in results),
         **{f"{part}_share": share(part) for part in PARTS},
         **{f"{part}_seconds": share(part) * seconds for part in PARTS},
         "peak_bytes": median(result["peak_bytes"] for result in results),
@@ -123,6 +125,7 @@ def compare(row: Row, results: dict[str, list[Result]]) -> Result:
         if side in by_side:
             report[f"{prefix}ratio"] = by_side[side]["episodes_per_second"] / trl["episodes_per_second"]
             report[f"{prefix}memory_ratio"] = by_side[side]["peak_bytes"] / trl["peak_bytes"]
+            report[f"{prefix}processor_ratio"] = trl["processor_seconds_per_step"] / by_side[side]["processor_seconds_per_step"]
             report[f"{prefix}memory_ratio_grown"] = by_side[side]["grown_bytes"] / trl["grown_bytes"]
     report |= {"target": row.target, "memory_target": MEMORY_TARGET, **same_work(row, results), "repeats": len(results["trl"])}
     for side, name in (("shared", "ours"), ("classic", "classic"), ("trl", "trl"), ("trl-lora", "trl_lora")):

@@ -57,7 +57,7 @@ def train_reward(row: Row, folder: Path) -> None:
         "learning_rate": 1e-3,
         "ties": "drop",
         "learning_curve": [],
-        "dtype": "float32",
+        "dtype": row.dtype,
         "checkpoint_seconds": 0.0,
     }
     inputs = {"model": str(folder / "model"), "data": {"path": str(data), "digest": file_digest(data)}}

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -35,8 +36,29 @@ class Watch:
     def __init__(self) -> None:
         self.positions = 0
         self.optimiser_steps: dict[int, int] = {}
-        register_optimizer_step_post_hook(self._stepped)
-        nn.modules.module.register_module_forward_pre_hook(self._see)
+        self.processor_marks = [time.process_time()]
+        self._hooks = [
+            register_optimizer_step_post_hook(self._stepped),
+            nn.modules.module.register_module_forward_pre_hook(self._see),
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def watch_events(self, run: RunDirectory) -> None:
+        """Processor seconds at each step event: on a busy machine they say more than the clock."""
+        write = run.event
+
+        def watched(kind: str, **values: Any) -> None:
+            write(kind, **values)
+            if kind == "step":
+                self.processor_marks.append(time.process_time())
+
+        run.event = watched  # type: ignore[method-assign]
 
     def _stepped(self, optimiser: Any, *_: Any) -> None:
         self.optimiser_steps[id(optimiser)] = self.optimiser_steps.get(id(optimiser), 0) + 1
@@ -105,6 +127,7 @@ def measured(run: RunDirectory, row: Row, start: int, watch: Watch) -> dict[str,
     marks = [0.0, *(event["seconds"] for event in events)]
     done: dict[str, Any] = {
         "seconds": [after - before for before, after in pairwise(marks)],
+        "processor_seconds": [after - before for before, after in pairwise(watch.processor_marks)],
         "peak_bytes": events[-1]["memory_bytes"],
         "whole_run_peak_bytes": memory_bytes(torch.device(row.device)),
         "start_bytes": start,
@@ -144,25 +167,31 @@ def checked(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, side: str, result: Path) -> None:
+def measure(folder: Path, row: Row, side: str) -> dict[str, Any]:
     import alignment.ppo.train
     import alignment.sft
 
-    row = Row.read(folder)
-    torch.set_num_threads(row.threads)
     work = folder / side
     shutil.rmtree(work, ignore_errors=True)
     if side != "classic":
         import peft  # noqa: F401  # its import is no growth of the run
 
-    start, watch = memory_bytes(torch.device(row.device)), Watch()
+    start = memory_bytes(torch.device(row.device))
     run = create_run(folder, row, side, work)
-    (alignment.sft if side == "sft" else alignment.ppo.train).run(run)
+    with Watch() as watch:
+        watch.watch_events(run)
+        (alignment.sft if side == "sft" else alignment.ppo.train).run(run)
     done = measured(run, row, start, watch)
     done["form"] = "one backbone" if side == "shared" and HAS_SHARED else {"shared": "two backbones with adapters"}.get(side, side)
     if side != "sft" and row.device == "cpu":
         done["checked"] = checked(folder)
-    result.write_text(json.dumps(done), encoding="utf-8")
+    return done
+
+
+def main(folder: Path, side: str, result: Path) -> None:
+    row = Row.read(folder)
+    torch.set_num_threads(row.threads)
+    result.write_text(json.dumps(measure(folder, row, side)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Watch:
         self.generated: list[tuple[float, float]] = []  # (from, to) of each step's sampling
         self.updates_began: list[float] = []
         self.peaks: list[int] = []
+        self.processor_marks: list[float] = []
         self.tokens = self.forbidden = self.positions = 0
         self.optimiser_steps: dict[int, int] = {}
         register_optimizer_step_post_hook(self._stepped)
@@ -81,9 +82,11 @@ class Watch:
         class Steps(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 watch.ends.append(time.perf_counter())
+                watch.processor_marks.append(time.process_time())
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 watch.ends.append(time.perf_counter())
+                watch.processor_marks.append(time.process_time())
                 watch.peaks.append(peak_bytes())
 
         return Steps()
@@ -92,6 +95,7 @@ class Watch:
         steps = range(len(self.ends) - 1)
         return {
             "seconds": [self.ends[step + 1] - self.ends[step] for step in steps],
+            "processor_seconds": [self.processor_marks[step + 1] - self.processor_marks[step] for step in steps],
             "seconds_generate": [self.generated[step][1] - self.generated[step][0] for step in steps],
             "seconds_score": [self.updates_began[step] - self.generated[step][1] for step in steps],
             "seconds_update": [self.ends[step + 1] - self.updates_began[step] for step in steps],

@@ -18,6 +18,7 @@ from training.encode import split_gguf
 from training.errors import InputError
 from training.language_model import Lora, add_lora, hidden_states, load_pretrained, prepare, unwrap
 from training.quantise import quantised
+from training.sharding import one_pass
 
 HEAD = "score"
 
@@ -162,6 +163,7 @@ def saved_ensemble(name: str | Path) -> Ensemble | None:
     return Ensemble(config.num_labels, "adapters" if (Path(name) / ADAPTERS / "member-0").is_dir() else "heads")
 
 
+@one_pass
 def scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Scores of each row, read at its last real token.
 
@@ -175,6 +177,7 @@ def scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return head_scores(model, states[torch.arange(len(last), device=last.device), last])
 
 
+@one_pass
 def token_values(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Score of a model of one head read at each token, (B, T) float32, 0 on padding: what PPO's value model says."""
     states = hidden_states(unwrap(model).base_model, input_ids, attention_mask)

@@ -21,6 +21,7 @@ from training.language_model import unwrap
 from training.options import parse_options
 from training.pack import Row
 from training.row_logps import row_last_states
+from training.sharding import one_pass
 
 REWARD_FILE = "rankloop_reward.json"
 REWARD_FORMAT = "rankloop.reward/1"
@@ -155,6 +156,7 @@ class Scorer:
         return views(self.normalise(raw))
 
 
+@one_pass
 def row_scores(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
     """(B, M) float32 score of each row by each member, read at its last token. Keeps gradients.
 

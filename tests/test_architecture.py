@@ -24,11 +24,11 @@ DJANGO_FAMILY = {"django", "rest_framework", "channels", "unfold", "allauth", "c
 ALIGNMENT_ML = {
     *("__main__", "fan_out", "options", "methods", "sft", "dpo", "losses"),
     *("loss_kinds", "pair_losses", "transport", "preferences", "preference_metrics", "mismatched", "reference_logps", "kl"),
-    *("ppo", "rollout", "answers", "candidates", "prompts", "generate", "evaluate"),
+    *("ppo", "rollout", "answers", "candidates", "selection", "prompts", "generate", "evaluate"),
 }
 ALIGNMENT_DJANGO = {
     *("models", "services", "selectors", "admin", "apps", "urls", "views", "curves", "tables"),
-    *("requests", "child", "worker", "follow", "knowledge", "ledgers", "waiting", "progress"),
+    *("requests", "child", "worker", "follow", "knowledge", "ledgers", "samples", "waiting", "progress"),
 }
 FORBIDDEN_NAMES = {"utils", "common", "core", "helpers", "base"}
 

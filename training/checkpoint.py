@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import InputError
 from training.rundir import checkpoint_folders, file_digest, replace_folder, sync_folder
+from training.sharding import cut_like, whole, zero_of
+from training.zero import shape_of
 
 CHECKPOINT_FORMAT = "rankloop.checkpoint/1"
 
@@ -78,27 +81,38 @@ def restore_newest(root: Path, warn: Callable[[str], None]) -> tuple[int, State]
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name."""
+    """The weights that training changes, by name; sharded ones whole, on process 0. Every process comes here."""
+    zero = zero_of(module)
+    return zero.whole_weights(_trained(module), keep=dist.get_rank() == 0) if zero else whole(_trained(module))
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put `trained_tensors` back. Raises InputError if names or shapes are not this module's."""
-    own = trained_tensors(module)
-    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+    own = _trained(module)
+    if own.keys() != tensors.keys() or any(shape_of(own[name]) != tensors[name].shape for name in own):
         raise InputError("The checkpoint belongs to another model or other LoRA options.", remedy="Start a new run directory.")
+    if zero := zero_of(module):
+        zero.load_weights(own, tensors)
+        return
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(cut_like(tensors[name], parameter))
 
 
 def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of each parameter, flattened to `<index>.<name>`. Learning rates are not state: the schedule sets them each step."""
+    """The state of each parameter, flattened to `<index>.<name>`. Learning rates are not state: the schedule sets them each step.
+
+    Of sharded parameters it is whole, on process 0. Every process comes here.
+    """
     tensors = {}
     for index, parameter in enumerate(_parameters(optimiser)):
         for name, value in optimiser.state.get(parameter, {}).items():
             tensors[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
-    return tensors
+    return whole(tensors)
 
 
 def load_optimiser_state(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -107,7 +121,7 @@ def load_optimiser_state(optimiser: torch.optim.Optimizer, tensors: Mapping[str,
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        optimiser.state[parameter][name] = value.clone().to(parameter.device)
+        optimiser.state[parameter][name] = cut_like(value.clone(), parameter)
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:

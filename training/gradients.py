@@ -1,12 +1,14 @@
 """Gradients of one batch, a micro-batch at a time; where memory runs out, in smaller micro-batches.
 
 The update does not depend on how a batch is cut, so a batch that did not fit is done again from its start with half the tokens a
-micro-batch, and so is everything after it. All processes go down together, before gradients are summed.
+micro-batch, and so is everything after it. All processes go down together, before gradients are summed; with a sharded model, whose
+passes all processes make at once, the run ends instead, and says what to set.
 """
 
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from training.optimiser import Optimiser
 from training.pack import micro_batches
 from training.processes import Processes, Sums, add_sums
 from training.rundir import RunDirectory
+from training.sharding import backward, in_step, keeps_step
 
 NAMED_ITEMS = 5  # in one warning
 # How allocators other than CUDA's own say it: torch's on the CPU, C++, and the libraries of matrices.
@@ -66,7 +69,8 @@ class Accumulated:
 class Gradients:
     """Makes the gradients of batches; `objective.budget` and `out_of_memory` (how often it was halved) are part of a checkpoint."""
 
-    def __init__(self, objective: Objective, processes: Processes, optimiser: Optimiser, run: RunDirectory) -> None:
+    def __init__(self, model: Any, objective: Objective, processes: Processes, optimiser: Optimiser, run: RunDirectory) -> None:
+        self.model = model
         self.objective = objective
         self.processes = processes
         self.optimiser = optimiser
@@ -118,24 +122,37 @@ class Gradients:
         attempt = Attempt()
         losses: list[tuple[Tensor, list[int]]] = []
         held: list[Tensor] = []
-        for part in parts:
+        for part in in_step(self.model, [part for part in parts if part]):  # none: fewer items than processes
             try:
                 if rehearsal and not held:
                     held = self.optimiser.room()
-                if not part:  # fewer items than processes
-                    continue
                 with self.processes.autocast():
-                    loss, sums = self.objective.forward(part)
-                (loss / denominator).backward()
+                    loss, sums = self.objective.forward(part or self._lightest())
+                backward(self.model, loss / denominator if part else 0.0 * loss)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
+                self._refuse_alone(part, rehearsal)
                 attempt.failed = part
                 return attempt
+            if not part:
+                continue
             losses.append((loss.detach(), part))
             add_sums(attempt.sums, sums)
         attempt.not_finite = [part for loss, part in losses if not torch.isfinite(loss)]
         return attempt
+
+    def _lightest(self) -> list[int]:
+        """What a process passes through a sharded model, and drops, while others still have micro-batches."""
+        return [min(range(len(self.objective.costs)), key=self.objective.costs.__getitem__)]
+
+    def _refuse_alone(self, failed: list[int] | None, rehearsal: bool) -> None:
+        """A pass through a sharded model is made by all processes at once: one that breaks off cannot be made again by itself."""
+        if keeps_step(self.model):
+            raise TrainingFailed(
+                f"Memory ran out {'before step 1' if rehearsal else 'in a step'}: {self._names(failed or self._lightest())}.",
+                remedy=f"Set tokens_per_micro_batch below {self.objective.budget} (the update stays the same), or more processes.",
+            )
 
     def _halve(self, failed: list[int] | None, before: int, *, where: str) -> None:
         """Every process comes here once one of them ran out of memory; `failed` is this one's micro-batch that did not fit, if any, and
@@ -159,7 +176,7 @@ class Gradients:
         self.run.event("warning", text=text, out_of_memory=self.out_of_memory)
 
     def _clear(self) -> None:
-        self.optimiser.adamw.zero_grad(set_to_none=True)
+        self.optimiser.clear()
 
     def _blame(self, parts: list[list[int]]) -> str:
         names = [self._names(part) for part in parts]

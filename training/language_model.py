@@ -27,6 +27,7 @@ from training.merge import merged
 from training.options import TrainingOptions
 from training.quantise import quantised
 from training.rundir import replace_folder
+from training.sharding import one_pass
 
 # Logits of one chunk of positions may take this much; more chunks are recomputed in the backward pass.
 LOGIT_CHUNK_BYTES = 256 * 2**20
@@ -205,6 +206,7 @@ def completion_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, comp
     return completion_statistics(model, input_ids, attention_mask, completion_mask, temperature, entropy=False)[0]
 
 
+@one_pass
 def completion_statistics(
     model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float = 1.0, *, entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:

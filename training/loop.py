@@ -8,9 +8,7 @@ from typing import Any
 from training.artefact import save_verified
 from training.checkpoint import (
     State,
-    load_optimiser_state,
     load_trained,
-    optimiser_state,
     random_state,
     restore_newest,
     set_random_state,
@@ -29,6 +27,7 @@ from training.packed_model import unpacked_reason
 from training.processes import Processes, Sums, add_sums
 from training.progress import Progress, stop_requested
 from training.rundir import RunDirectory, file_digest
+from training.sharding import gathered, shard
 
 
 @dataclass(slots=True)
@@ -75,12 +74,16 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
     batches = plan(objective.weights, options, batch=batch, seed=run.seed)
     steps = len(batches)
     processes.same_start([training.model])
+    shard(training.model, processes)
     optimiser = Optimiser(training.model, options, steps=steps, extra=objective.extra)
+    optimiser.start(processes)
     objective.budget = options.tokens_per_micro_batch
-    loop = Loop(training, optimiser, Gradients(objective, processes, optimiser, run), Progress(run, processes, steps=steps))
+    loop = Loop(training, optimiser, Gradients(training.model, objective, processes, optimiser, run), Progress(run, processes, steps=steps))
     first = loop.resume()
     run.event("start", steps=steps, processes=processes.world, device=str(processes.device), dtype=processes.dtype, first_step=first)
-    if reason := unpacked_reason(unwrap(training.model).base_model):
+    with gathered(training.model):
+        reason = unpacked_reason(unwrap(training.model).base_model)
+    if reason:
         run.event("warning", text=reason)
     if first == 0:
         loop.gradients.rehearse(batches)
@@ -92,7 +95,8 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
         if done % options.log_steps == 0 or done == steps:
             loop.report(done, update)
         if options.evaluate_steps and done % options.evaluate_steps == 0 and done < steps:
-            run.event("evaluation", step=done, metrics=objective.evaluate())
+            with gathered(training.model):
+                run.event("evaluation", step=done, metrics=objective.evaluate())
         due = bool(options.checkpoint_seconds) and time.monotonic() - saved_at >= options.checkpoint_seconds
         stop, due = processes.any(stop_requested(), due)
         if done < steps and (stop or due or (options.checkpoint_steps and done % options.checkpoint_steps == 0)):
@@ -150,15 +154,12 @@ class Loop:
         training, processes = self.training, self.training.processes
         all_sums = processes.gather({name: [float(top), float(bottom)] for name, (top, bottom) in self.sums.items()})
         all_tokens = processes.gather(self.tokens)
+        model, optimiser = trained_tensors(training.model), self.optimiser.state()
         if processes.is_main:
             merged: Sums = {}
             for part in all_sums:
                 add_sums(merged, {name: (top, bottom) for name, (top, bottom) in part.items()})
-            tensors = {
-                "model": trained_tensors(training.model),
-                "optimiser": optimiser_state(self.optimiser.adamw),
-                "random": random_state(),
-            }
+            tensors = {"model": model, "optimiser": optimiser, "random": random_state()}
             if training.objective.extra:
                 tensors["extra"] = {str(index): parameter for index, (parameter, _) in enumerate(training.objective.extra)}
             values = {
@@ -183,7 +184,7 @@ class Loop:
             return 0
         step, state = found
         load_trained(training.model, state.tensors["model"])
-        load_optimiser_state(self.optimiser.adamw, state.tensors["optimiser"])
+        self.optimiser.load_state(state.tensors["optimiser"])
         for index, (parameter, _) in enumerate(training.objective.extra):
             parameter.data.copy_(state.tensors["extra"][str(index)])
         set_random_state(state.tensors["random"])
@@ -199,6 +200,10 @@ class Loop:
 
     def finish(self) -> dict[str, float]:
         """Evaluate, save the model, prove that it is the trained one, and, last, say that it went well."""
+        with gathered(self.training.model):
+            return self._finish()
+
+    def _finish(self) -> dict[str, float]:
         training, run, optimiser = self.training, self.training.run, self.optimiser
         optimiser.adamw.state.clear()  # its memory is what a reference, or the saved model, is loaded into
         metrics = {**training.objective.evaluate(), **training.objective.evaluate_at_end()}

@@ -65,6 +65,20 @@ def packed_states(backbone: Any, packed: Packed, *, copies: int = 1) -> Tensor:
 
 
 @contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Inside, the model has the attention it was loaded with, for code that knows only those of transformers."""
+    now = str(model.config._attn_implementation)
+    if not now.startswith(PREFIX):
+        yield
+        return
+    model.set_attn_implementation(now.removeprefix(PREFIX))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(now)
+
+
+@contextmanager
 def _packed(tree: Tree) -> Iterator[None]:
     token = _tree.set(tree)
     try:

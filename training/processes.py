@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.errors import InputError
+from training.launched import Sharding, take_sharding
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
@@ -28,6 +30,8 @@ class Processes:
     def __init__(self, dtype: str = "auto") -> None:
         """Args: dtype: "auto" (bfloat16 autocast where the device has it, float32 on CPU), "float32" or "bfloat16"."""
         several = int(os.environ.get("WORLD_SIZE", "1"))
+        asked = take_sharding(os.environ)
+        self.sharding: Sharding = asked if several > 1 else "none"
         self.accelerator = Accelerator(cpu=several > 1 and not torch.cuda.is_available())
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -70,10 +74,13 @@ class Processes:
         return total
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum `.grad` over all processes, in buckets. A process that computed nothing takes part with zeros."""
+        """Sum `.grad` over all processes, in buckets. A process that computed nothing takes part with zeros.
+
+        Those of a sharded model were summed in the backward pass.
+        """
         if self.world == 1:
             return
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad and not isinstance(parameter, DTensor)]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -116,11 +123,12 @@ class Processes:
         return tuple((self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist())
 
     def same_start(self, modules: Iterable[nn.Module]) -> None:
-        """Give every process the weights of process 0."""
+        """Give every process the weights of process 0. What is sharded already had them when it was cut."""
         if self.world > 1:
             for module in modules:
                 for tensor in [*module.parameters(), *module.buffers()]:
-                    dist.broadcast(tensor.detach(), src=0)
+                    if not isinstance(tensor, DTensor):
+                        dist.broadcast(tensor.detach(), src=0)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -9,27 +9,29 @@ from torch import Tensor
 from training.language_model import unwrap
 from training.pack import Row
 from training.processes import Processes
-from training.readings import Reading, Speech, readings
+from training.readings import Reading, Speech, Way, readings
+from training.sharding import one_pass
 
 
+@one_pass
 def row_logps(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
     """(B,) float32: log-probability of each row's completion in nats, summed over its tokens (EOS among them). Keeps gradients."""
     speech = Speech(model)
 
-    def of_rows(reading: Reading) -> Tensor:
+    def read(reading: Reading) -> Tensor:
         return reading.summed(speech.logps(reading))
 
-    found = readings(model, rows, pad_id, device=device, budget=budget, logits=speech.needs_logits)
-    return _in_order([(reading.rows, of_rows(reading)) for reading in found], device)
+    return _in_order(list(readings(model, rows, read, way=Way(pad_id, device), budget=budget, logits=speech.needs_logits)), device)
 
 
+@one_pass
 def row_last_states(model: Any, rows: Sequence[Row], pad_id: int, *, device: torch.device, budget: int) -> Tensor:
     """(B, H): the backbone's last hidden state at the last token of each row. Keeps gradients."""
-    if not rows:
+    found = list(readings(model, rows, Reading.last, way=Way(pad_id, device), budget=budget))
+    if not found:
         backbone: Any = unwrap(model).base_model
         return torch.zeros((0, backbone.config.get_text_config().hidden_size), device=device)
-    found = readings(model, rows, pad_id, device=device, budget=budget)
-    return _in_order([(reading.rows, reading.last()) for reading in found], device)
+    return _in_order(found, device)
 
 
 def _in_order(parts: Sequence[tuple[Sequence[int], Tensor]], device: torch.device) -> Tensor:
@@ -38,7 +40,7 @@ def _in_order(parts: Sequence[tuple[Sequence[int], Tensor]], device: torch.devic
         return torch.zeros(0, device=device)
     order = [number for numbers, _ in parts for number in numbers]
     places = torch.empty(len(order), dtype=torch.long)
-    places[torch.tensor(order)] = torch.arange(len(order))
+    places[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
     return torch.cat([part for _, part in parts])[places.to(device)]
 
 

@@ -32,8 +32,8 @@ def code_version() -> dict[str, str]:
     house = Path(__file__).resolve().parent.parent
     content = hashlib.sha256()
     for room in ("training", "rewardmodel", "alignment"):
-        for source in sorted((house / room).glob("*.py")):
-            content.update(f"{room}/{source.name}\n".encode() + source.read_bytes())
+        for source in sorted((house / room).rglob("*.py")):
+            content.update(f"{source.relative_to(house)}\n".encode() + source.read_bytes())
     versions = {"sources": content.hexdigest()}
     for package in ("torch", "transformers", "peft", "accelerate"):
         try:

@@ -11,7 +11,8 @@ from alignment.ppo.experience import Experience, join, padded_samples
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.shared import Shared, load_slots, why_not_shared
 from alignment.ppo.voices import Manner, Separate, Voices
-from alignment.rollout.built_in import batches, sample_completions
+from alignment.rollout.built_in import batches
+from alignment.rollout.engines import Engine, Place, engine_of
 from alignment.rollout.sampling import Sample, Sampling
 from rewardmodel.ensemble import views
 from rewardmodel.network import load_value_model
@@ -22,18 +23,31 @@ from training.language_model import Lora, frozen_copy, load_policy
 from training.pack import Row
 from training.processes import Processes
 from training.rundir import RunDirectory
+from training.sharding import gathered
 
 Drawn = dict[int, list[Sample]]  # place of a prompt -> its samples
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What came of drawing and judging: the episodes, or, where someone paused, what this process has drawn. Seconds are its own."""
+
+    drawn: Drawn
+    experience: Experience | None
+    seconds_generate: float
+    seconds_score: float
+
+
 @dataclass(slots=True)
 class Actors:
-    """The models of a run and how they are used. `kind` says which form was chosen, and why, where nobody chose."""
+    """The models of a run, who writes with the policy, and how they are used. `kind` says which form was chosen, and why, where nobody
+    chose."""
 
     voices: Voices
     encoder: Encoder
     options: PPOOptions
     processes: Processes
+    engine: Engine
     kind: str = ""
 
     @property
@@ -62,22 +76,14 @@ class Actors:
             cache_tokens=self.options.cache_tokens,
         )
         sampling.require_exact()
+        self.engine.refresh(self.policy)
         share = self.share(prompts)
         found: Drawn = {place: (drawn or {})[place] for place in share if place in (drawn or {})}
         for batch in batches([len(prompts[place]) for place in share], sampling, samples):
             places = [share[number] for number in batch]
             if all(place in found for place in places):
                 continue
-            answers = sample_completions(
-                self.policy,
-                [prompts[place] for place in places],
-                sampling,
-                stop_ids=self.encoder.stop_ids,
-                pad_id=self.encoder.pad_id,
-                samples=samples,
-                streams=places,
-                processes=self.processes,
-            )
+            answers = self.engine.sample([prompts[place] for place in places], sampling, samples=samples, streams=places)
             found |= {place: answers[number * samples : (number + 1) * samples] for number, place in enumerate(places)}
             if pause():
                 break
@@ -91,26 +97,44 @@ class Actors:
         """Scores, KL and values of all that was drawn; every process gets all episodes, in the order of the prompts."""
         places = sorted(drawn)
         mine = self._judged([sample for place in places for sample in drawn[place]], with_values)
-        gathered = self.processes.gather((places, mine))
-        source = [place * samples + sample for part, _ in gathered for place in part for sample in range(samples)]
+        shares = self.processes.gather((places, mine))
+        source = [place * samples + sample for part, _ in shares for place in part for sample in range(samples)]
         order = sorted(range(len(source)), key=source.__getitem__)
-        return join([part for _, part in gathered], order)
+        return join([part for _, part in shares], order)
 
-    def experience(
-        self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True
-    ) -> tuple[Experience, dict[str, float]]:
-        """Draw and judge in one go.   Returns: the episodes, and seconds by part (`seconds_generate`, `seconds_score`) on this process."""
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        *,
+        seed: int,
+        step: int,
+        with_values: bool = True,
+        drawn: Drawn | None = None,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> Rollout:
+        """Draw, and judge once every process has all of its share; weights that are sharded are gathered once for both."""
         started = time.monotonic()
-        drawn = self.draw(prompts, samples, seed=seed, step=step)
-        sampled = time.monotonic()
-        found = self.judge(drawn, samples, with_values=with_values)
-        return found, {"seconds_generate": sampled - started, "seconds_score": time.monotonic() - sampled}
+        with gathered(self.policy):
+            found = self.draw(prompts, samples, seed=seed, step=step, drawn=drawn, pause=pause)
+            (missing,) = self.processes.any(len(found) < len(self.share(prompts)))
+            sampled = time.monotonic()
+            if missing:
+                return Rollout(found, None, sampled - started, 0.0)
+            experience = self.judge(found, samples, with_values=with_values)
+        return Rollout({}, experience, sampled - started, time.monotonic() - sampled)
+
+    def experience(self, prompts: Sequence[Sequence[int]], samples: int, *, seed: int, step: int, with_values: bool = True) -> Experience:
+        """Draw and judge in one go."""
+        found = self.rollout(prompts, samples, seed=seed, step=step, with_values=with_values).experience
+        assert found is not None  # nobody pauses
+        return found
 
     def _judged(self, drawn: Sequence[Sample], with_values: bool) -> Experience:
         rows = [sample.row for sample in drawn]
         mask, logps, entropies = padded_samples(drawn, self.options.max_completion_tokens)
-        # A bfloat16 forward pass of another shape differs by more than PPO may mistake for a change of the policy.
-        again = self.processes.dtype != "float32"
+        # Another engine, or a bfloat16 forward pass of another shape, differs by more than PPO may mistake for a change of the policy.
+        again = not self.engine.exact
         judged = self.voices.judged(
             rows,
             [self._as_judged(sample) for sample in drawn],
@@ -123,10 +147,12 @@ class Actors:
             rows=rows,
             mask=mask,
             logps=judged.logps if again else logps,
+            engine_logps=logps,
             entropies=entropies,
             reference_logps=judged.reference_logps,
             values=judged.values,
             scores=seen.of(self.options.reward_view, self.options.spread_weight),
+            means=seen.mean,
             spreads=seen.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )
@@ -153,19 +179,24 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
         )
     if options.reward_view != "mean":
         require_members(notes, f"reward_view = {options.reward_view} looks at several")
+    # Before any model is loaded: an engine that is missing, or a server that does not answer, is known at once.
+    place = Place(str(inputs["model"]), encoder, processes, run_directory.path / "scratch", options.engine_url)
+    engine = engine_of(options.engine, place)
     manner = Manner(encoder.pad_id, options.max_completion_tokens, options.temperature, processes)
     why_not = why_not_shared(inputs["model"], inputs["reward_model"], inputs.get("reference"), options.lora_rank)
+    if not why_not and processes.sharding != "none":
+        why_not = "the weights of separate models are spread over the processes"
     if options.backbone == "shared" and why_not:
         raise InputError(f"backbone = shared cannot be: {why_not}.", remedy="Mend that, or set backbone = 'separate' (or 'auto').")
     if options.backbone != "separate" and not why_not:
         try:
-            return Actors(_shared(run_directory, options, notes, manner), encoder, options, processes, "one backbone")
+            return Actors(_shared(run_directory, options, notes, manner), encoder, options, processes, engine, "one backbone")
         except InputError as error:
             if options.backbone == "shared":
                 raise
             why_not = str(error)
     voices = _separate(run_directory, encoder, options, manner)
-    return Actors(voices, encoder, options, processes, f"separate models: {why_not}" if options.lora_rank else "separate models")
+    return Actors(voices, encoder, options, processes, engine, f"separate models: {why_not}" if options.lora_rank else "separate models")
 
 
 def _given(run_directory: RunDirectory, options: PPOOptions, manner: Manner) -> dict[str, Any]:

@@ -22,19 +22,23 @@ class Experience:
     """Episodes of one step, on the CPU, equal on every process.
 
     Shapes: N episodes, T tokens in the longest completion.   Units: log-probabilities and entropies in nats, scores in normalised reward.
-    mask (N, T) bool: real completion tokens, the stop token among them;  logps: under the policy that sampled, at its temperature;
+    mask (N, T) bool: real completion tokens, the stop token among them;  logps: under the policy that sampled, at its temperature,
+    as the trainer computes them;  engine_logps: as the engine that wrote them did;
     reference_logps: of the same tokens at the same temperature;  values: the value model's expectation before each token;
-    scores (N,): the reward model's, before any penalty, as `reward_view` has it;  spreads (N,): their standard deviation over its members;
+    scores (N,): the reward model's, before any penalty, as `reward_view` has it;  means, spreads (N,): mean and standard deviation over its
+    members, whatever the view;
     finished (N,) bool: ended by a stop token.
     """
 
     rows: list[Row]
     mask: Tensor
     logps: Tensor
+    engine_logps: Tensor
     entropies: Tensor
     reference_logps: Tensor
     values: Tensor
     scores: Tensor
+    means: Tensor
     spreads: Tensor
     finished: Tensor
 
@@ -90,17 +94,26 @@ def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) 
     return Targets(rewards, advantages, returns)
 
 
-def experience_metrics(experience: Experience) -> dict[str, float]:
+def experience_metrics(experience: Experience, spread_weight: float) -> dict[str, float]:
     """`reward` (mean of the scores), `reward_spread` (their mean spread over the reward model's members; 0 for one), `kl_k1_nats` and
-    `kl_k3_nats` (of whole completions), `entropy_nats` (a token), `length_tokens`, `unfinished_share`."""
+    `kl_k3_nats` (of whole completions), `entropy_nats` (a token; where the engine tells it), `length_tokens`, `unfinished_share`; of an
+    ensemble, whatever view pays,
+    `reward_mean` (of its members) and `reward_pessimistic` (that minus spread_weight x spread)."""
+    members = {}
+    if bool((experience.spreads > 0).any()):
+        pessimistic = experience.means.double() - spread_weight * experience.spreads.double()
+        members = {"reward_mean": float(experience.means.double().mean()), "reward_pessimistic": float(pessimistic.mean())}
     mask = experience.mask
     logps, reference_logps = (tensor.masked_fill(~mask, 0) for tensor in (experience.logps, experience.reference_logps))
+    known = bool(experience.entropies[mask].isfinite().all())
+    entropy = {"entropy_nats": float(masked_mean(experience.entropies.double(), mask))} if known else {}
     return {
         "reward": float(experience.scores.double().mean()),
         "reward_spread": float(experience.spreads.double().mean()),
+        **members,
         "kl_k1_nats": float(kl_k1(logps, reference_logps).double().sum(1).mean()),
         "kl_k3_nats": float(kl_k3(logps, reference_logps).double().sum(1).mean()),
-        "entropy_nats": float(masked_mean(experience.entropies.double(), mask)),
+        **entropy,
         "length_tokens": float(mask.sum(1).double().mean()),
         "unfinished_share": float((~experience.finished).double().mean()),
     }

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from training.options import TrainingOptions, require
+from alignment.ppo.guards import GuardOptions
+from alignment.rollout.names import EngineName, require_engine
+from training.options import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PPOOptions(TrainingOptions):
+class PPOOptions(GuardOptions):
     """One step samples `prompts_per_step` x `samples_per_prompt` episodes, scores them, and passes over them `passes` times, each time in
     `minibatches` optimiser steps. There are `max_steps` of them, or what `epochs` over the prompts hold. Rewards are in units of the
     reward model's spread."""
@@ -53,6 +55,11 @@ class PPOOptions(TrainingOptions):
     adam_epsilon: float = 1e-5
     epochs: float = 1.0  # over the prompts
 
+    # who writes completions: docs/data-flow.md, section on engines
+    engine: EngineName = "built_in"
+    engine_url: str = ""  # of a vLLM server
+    importance_cap: float = 2.0  # of the weight that corrects a token for the engine's log-probability; 1 is no correction upwards
+
     cache_tokens: int = 65_536  # most tokens of prompts and completions held at once while sampling
 
     log_steps: int = 1
@@ -60,7 +67,7 @@ class PPOOptions(TrainingOptions):
     evaluation_prompts: int = 64  # held-out ones, or of the training split where none are held out
 
     def __post_init__(self) -> None:
-        TrainingOptions.__post_init__(self)
+        GuardOptions.__post_init__(self)
         for name in (
             "prompts_per_step",
             "samples_per_prompt",
@@ -83,10 +90,15 @@ class PPOOptions(TrainingOptions):
             "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
         )
         self._check_estimator()
+        require(self.importance_cap >= 1, "importance_cap must be at least 1, or tokens on which engine and trainer agree are cut.")
+        require_engine(self.engine, self.engine_url)
         require(
             self.minibatches <= self.prompts_per_step * self.samples_per_prompt,
             "minibatches must not exceed the episodes of a step, prompts_per_step x samples_per_prompt.",
         )
+        if self.on_alarm == "rollback":
+            require(self.kl_coefficient > 0, "on_alarm = rollback doubles kl_coefficient, and twice 0 is 0: give one, or use stop.")
+            require(self.evaluate_steps > 0, "on_alarm = rollback goes back to the last good evaluation: set evaluate_steps, or use stop.")
 
     @property
     def has_value_model(self) -> bool:

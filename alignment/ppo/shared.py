@@ -4,17 +4,17 @@ PPO then needs little more memory than LoRA on one model, and one forward pass s
 have been trained as LoRA over the very model PPO starts from, which is checked weight by weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from alignment.ppo.voices import Judged, Manner, Said
+from alignment.ppo.voices import Judged, Manner, Said, in_order
 from rewardmodel.members import ADAPTERS
 from rewardmodel.network import HEAD, Ensemble, mean_head, saved_ensemble
 from rewardmodel.score import REWARD_FILE, RewardNotes
@@ -24,9 +24,10 @@ from training.language_model import Lora, load_policy, save_model
 from training.merge import merged, plain_weight
 from training.pack import Row
 from training.packed_model import packs_rows
-from training.readings import Reading, Speech
+from training.readings import Reading, Speech, readings
 from training.slots import BARE, WEIGHTS, SlotLora, Slots
 
+T = TypeVar("T")
 POLICY, VALUE = "policy", "value"
 # A saved reward model is its backbone and its adapter added up in float32; more than this share of the largest weight is another backbone.
 ROUNDING = 1e-4
@@ -57,34 +58,38 @@ class Shared:
     def judged(self, rows: Sequence[Row], read: Sequence[Row], *, budget: int, values: bool, logps: bool) -> Judged:
         """One pass for all of them: what comes before a token is the same whether the last one is as written or as read."""
         asked = [BARE, *self.reward.slots, *([VALUE] if values and self.has_value_model else []), *([POLICY] if logps else [])]
-        width = self.manner.width
-        found = Judged(
-            reference_logps=torch.zeros((len(rows), width)),
-            logps=torch.zeros((len(rows), width)),
-            values=torch.zeros((len(rows), width)),
-            raw_scores=torch.zeros((len(rows), len(self.reward.heads.weight))),
-        )
-        for reading in self._readings(read, budget * len(asked), asked):
-            places = list(reading.rows)
-            written = torch.tensor([token for place in places for token in rows[place].completion_ids], device=self.manner.device)
-            found.reference_logps[places] = self._logps(reading, 0, written).cpu()
-            found.raw_scores[places] = self.reward.scores(reading, first=1).cpu()
-            if VALUE in asked:
-                found.values[places] = self._values(reading, asked.index(VALUE)).cpu()
-            if POLICY in asked:
-                found.logps[places] = self._logps(reading, asked.index(POLICY), written).cpu()
-        return found
+
+        def judge(reading: Reading) -> Judged:
+            written = torch.tensor([token for place in reading.rows for token in rows[place].completion_ids], device=self.manner.device)
+            nothing = torch.zeros((len(reading.rows), self.manner.width))
+            return Judged(
+                reference_logps=self._logps(reading, 0, written).cpu(),
+                logps=self._logps(reading, asked.index(POLICY), written).cpu() if logps else nothing,
+                values=self._values(reading, asked.index(VALUE)).cpu() if VALUE in asked else nothing,
+                raw_scores=self.reward.scores(reading, first=1).cpu(),
+            )
+
+        if not rows:  # fewer prompts than processes
+            nothing = torch.zeros((0, self.manner.width))
+            return Judged(nothing, nothing, nothing, torch.zeros((0, len(self.reward.heads.weight))))
+        parts = list(self._passes(read, judge, budget * len(asked), asked))
+        return in_order([numbers for numbers, _ in parts], [part for _, part in parts])
 
     def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
         """Policy and value in one pass."""
-        asked = [POLICY, VALUE] if self.has_value_model else [POLICY]
-        for reading in self._readings(rows, budget, asked):
-            values = self._values(reading, 1) if self.has_value_model else None
-            yield Said(reading.rows, self._logps(reading, 0, reading.targets), values)
 
-    def _readings(self, rows: Sequence[Row], budget: int, slots: Sequence[str]) -> Iterator[Reading]:
+        def say(reading: Reading) -> Said:
+            values = self._values(reading, 1) if self.has_value_model else None
+            return Said(self.policy, reading.rows, self._logps(reading, 0, reading.targets), values)
+
+        for _, said in self._passes(rows, say, budget, [POLICY, VALUE] if self.has_value_model else [POLICY]):
+            yield said
+
+    def _passes(
+        self, rows: Sequence[Row], read: Callable[[Reading], T], budget: int, slots: Sequence[str]
+    ) -> Iterator[tuple[tuple[int, ...], T]]:
         with self.policy.speaking(*slots):
-            yield from self.manner.passes(self.policy, rows, budget=budget, copies=len(slots))
+            yield from readings(self.policy, rows, read, way=self.manner.way, budget=budget, copies=len(slots))
 
     def _logps(self, reading: Reading, copy: int, targets: Tensor) -> Tensor:
         found = self.speech.logps(reading, copy=copy, temperature=self.manner.temperature, targets=targets)
@@ -95,6 +100,8 @@ class Shared:
         return reading.by_row((raw - self.value_notes.means[0]) / self.value_notes.scales[0], self.manner.width)
 
     def save_value(self, folder: Path, encoder: Encoder) -> None:
+        if not self.manner.processes.is_main:
+            return
         with self.policy.speaking(VALUE):
             plain = merged(self.policy)
         config = plain.config

@@ -13,6 +13,7 @@ Huang et al. 2024, arXiv:2403.17031 (the details that matter).
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from torch import Tensor
 from alignment.ppo.actors import Actors, load_actors
 from alignment.ppo.buffer import Work, whole_work, work_from
 from alignment.ppo.experience import Experience, Targets, experience_metrics, explained_variance, targets
+from alignment.ppo.guards import duplicate_share
+from alignment.ppo.importance import mismatch_metrics
+from alignment.ppo.inputs import read_inputs, step_count, step_prompts
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
 from alignment.ppo.update import Tally, Updates
-from alignment.prompts import EncodedPrompt, check_room, choose_split, encode_prompts, prompt_rows
+from alignment.ppo.watch import STOPPED_MODEL, Watch
+from alignment.prompts import EncodedPrompt, check_room
 from training.artefact import save_verified
 from training.checkpoint import (
     State,
-    load_optimiser_state,
     load_trained,
-    optimiser_state,
     random_state,
     restore_newest,
     set_random_state,
@@ -41,14 +44,15 @@ from training.checkpoint import (
 )
 from training.encode import Encoder
 from training.errors import Stopped, TrainingFailed
-from training.language_model import load_policy
+from training.language_model import load_policy, save_model
 from training.objective import PROBED_ROWS
 from training.options import parse_options
-from training.pack import Row, epoch_order
+from training.pack import Row
 from training.processes import Processes
 from training.progress import Progress, stop_requested
 from training.row_logps import row_logps
 from training.rundir import RunDirectory, file_digest
+from training.sharding import gathered
 
 # Evaluations draw the same uniform numbers each time, apart from those of every step: what differs between two of them is the policy.
 EVALUATION_STREAM = 2**31 - 1
@@ -58,7 +62,7 @@ def run(run_directory: RunDirectory) -> None:
     """Inputs: `model`, `reward_model`, `data` (a snapshot or a prompts file; its training split is used), and, if wanted, `reference`.
 
     Makes `model/` (the policy), `value_model/`, `samples.jsonl`, and `result.json` with the metrics of the last evaluation, those of the
-    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`.
+    first as `start_*`, and `episodes`, `steps`, `tokens`, `kl_coefficient`, `skipped_steps`, `alarms`, `rollbacks`.
     """
     options = parse_options(PPOOptions, run_directory.options)
     processes = Processes(options.dtype)
@@ -68,33 +72,8 @@ def run(run_directory: RunDirectory) -> None:
     run_directory.event("counts", **counts)
     actors = load_actors(run_directory, encoder, options, processes)
     check_room(actors.policy, [*prompts, *watched], options.max_completion_tokens)
-    PPO(run_directory, options, actors, prompts, watched).train(counts)
-
-
-def read_inputs(
-    run_directory: RunDirectory, encoder: Encoder, options: PPOOptions
-) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
-    """(training prompts, prompts of the evaluations, counts). Evaluations use held-out prompts, or training ones where there are none."""
-    rows = prompt_rows(run_directory.data_file())
-    train_rows, _ = choose_split(rows, "train")
-    held_out = [row for row in rows if row.split == "held_out"]
-    prompts, counts = encode_prompts(train_rows, encoder, max_dropped_share=options.max_dropped_share)
-    watched_rows = (held_out or train_rows)[: options.evaluation_prompts]
-    watched, watched_counts = encode_prompts(watched_rows, encoder, max_dropped_share=options.max_dropped_share)
-    return prompts, watched, {"train": counts, "evaluation": {**watched_counts, "split": "held_out" if held_out else "train"}}
-
-
-def step_prompts(count: int, step: int, per_step: int, seed: int) -> list[int]:
-    """Indices of the prompts of a step: epoch after epoch, each in an order of its own. Depends on its arguments alone."""
-    first = step * per_step
-    epochs = range(first // count, (first + per_step - 1) // count + 1)
-    order = [index for epoch in epochs for index in epoch_order(count, seed=seed, epoch=epoch)]
-    start = first - epochs[0] * count
-    return order[start : start + per_step]
-
-
-def step_count(count: int, options: PPOOptions) -> int:
-    return options.max_steps or max(1, -int(-options.epochs * count // options.prompts_per_step))
+    with closing(actors.engine):
+        PPO(run_directory, options, actors, prompts, watched).train(counts)
 
 
 class PPO:
@@ -118,6 +97,7 @@ class PPO:
         self.updates = Updates(actors, options, steps=self.steps, seed=run_directory.seed)
         self.progress = Progress(run_directory, self.processes, steps=self.steps)
         self.samples = SampleFile(run_directory)
+        self.watch = Watch(run_directory, options, self.processes)
         self.kl_coefficient = options.kl_coefficient
         self.episodes = 0
         self.start_metrics: dict[str, float] = {}
@@ -127,7 +107,8 @@ class PPO:
     def train(self, counts: dict[str, Any]) -> dict[str, float]:
         """All steps, the evaluations, the models, `result.json`.
 
-        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite.
+        Raises: Stopped after a checkpoint when SIGTERM asked for it;  TrainingFailed when rewards or steps stay non-finite, or a guard
+                stops the run.
         """
         trained = self.actors.voices.trained
         self.processes.same_start([self.actors.policy, *(part for name, part in trained.items() if name != "policy")])
@@ -146,11 +127,13 @@ class PPO:
         self.progress.mark(first)
         self.saved_at = time.monotonic()
         metrics = self.evaluate(first) if first == self.steps else self.start_metrics
+        metrics = self.heed(first, metrics)
         for step in range(first, self.steps):
             self.step(step)
             done = step + 1
             if done == self.steps or (self.options.evaluate_steps and done % self.options.evaluate_steps == 0):
                 metrics = self.evaluate(done)
+            metrics = self.heed(done, metrics)
             if done < self.steps:
                 every = self.options.checkpoint_steps
                 self.pause(done, always=bool(every) and done % every == 0)
@@ -185,7 +168,7 @@ class PPO:
             self.updates.update(experience, aims, step, self.kl_coefficient, work.tally)
             clock = work.timed("update", clock)
         self.episodes += len(experience.rows)
-        metrics = experience_metrics(experience)
+        metrics = experience_metrics(experience, options.spread_weight)
         self._warn(step, work.tally)
         self.progress.report(
             step + 1,
@@ -201,23 +184,44 @@ class PPO:
             len(experience.rows),
             options.kl_horizon_episodes,
         )
+        told = {"skipped_now": float(work.tally.skipped), "updates_now": float(self.updates.per_step * len(self.updates.optimisers))}
+        self.watch.saw_step(step + 1, {**metrics, **told})
+
+    def heed(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Do what the alarms of this step ask for.
+
+        Returns: `metrics`, or, after a rollback, those of the evaluation whose weights came back.
+        Raises:  TrainingFailed after a checkpoint where they stop the run."""
+        action = self.watch.answer(step)
+        if action == "stop":
+            self.save_checkpoint(step)
+            with gathered(self.actors.policy):
+                if self.processes.is_main:
+                    save_model(self.actors.policy, self.actors.encoder, self.run.path / STOPPED_MODEL)
+            self.processes.barrier()
+            raise self.watch.error(step)
+        if action == "rollback":
+            good, coefficient = self.watch.go_back(step), self.kl_coefficient
+            self._load_trained(good)
+            # The larger of the two: a second rollback to one state must not come back with the coefficient of the first.
+            self.kl_coefficient = 2 * max(coefficient, self.kl_coefficient)
+            self.watch.went_back(step, self.kl_coefficient)
+            return good.values["metrics"]
+        return metrics
 
     def _sampled(self, step: int, work: Work) -> Experience:
         """The episodes of a step; what was drawn before an interruption is not drawn again."""
-        prompts, samples, clock = self._prompts(step), self.options.samples_per_prompt, time.monotonic()
+        prompts, samples = self._prompts(step), self.options.samples_per_prompt
         while True:
-            work.drawn = self.actors.draw(
+            found = self.actors.rollout(
                 prompts, samples, seed=self.run.seed, step=step, drawn=work.drawn, pause=lambda: stop_requested() or self._due()
             )
-            clock = work.timed("generate", clock)
-            (missing,) = self.processes.any(len(work.drawn) < len(self.actors.share(prompts)))
-            if not missing:
-                break
+            work.drawn, work.experience = found.drawn, found.experience
+            work.seconds["generate"] += found.seconds_generate
+            work.seconds["score"] += found.seconds_score
+            if found.experience is not None:
+                return found.experience
             self.pause(step, work, always=True)
-        work.experience = self.actors.judge(work.drawn, samples)
-        work.drawn = {}
-        work.timed("score", clock)
-        return work.experience
 
     def _prompts(self, step: int) -> list[list[int]]:
         chosen = step_prompts(len(self.prompts), step, self.options.prompts_per_step, self.run.seed)
@@ -237,6 +241,8 @@ class PPO:
             "episodes": float(self.episodes),
             "episodes_per_second": len(experience.rows) / max(sum(work.seconds.values()), 1e-9),
         }
+        if not self.actors.engine.exact:
+            found |= mismatch_metrics(experience.logps, experience.engine_logps, mask, self.options.importance_cap)
         if aims.returns is not None:
             found["value"] = float(experience.values[mask].double().mean())
             found["return"] = float(aims.returns[mask].double().mean())
@@ -254,32 +260,34 @@ class PPO:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """One completion for each watched prompt, scored: an `evaluation` event, and the texts in `samples.jsonl`."""
-        experience, _ = self.actors.experience(
+        experience = self.actors.experience(
             [prompt.prompt_ids for prompt in self.watched], 1, seed=self.run.seed, step=EVALUATION_STREAM, with_values=False
         )
-        metrics = experience_metrics(experience)
+        texts = [self.actors.encoder.decode(row.completion_ids) for row in experience.rows]
+        metrics = {**experience_metrics(experience, self.options.spread_weight), "duplicate_share": duplicate_share(texts)}
         self.run.event("evaluation", step=step, metrics=metrics)
         if self.processes.is_main:
             self.samples.append(step, self.watched, experience, self.actors.encoder)
+        self.watch.saw_evaluation(step, metrics, self._trained)
         return metrics
 
     def _trained(self) -> State:
-        """What training changes: weights, optimisers, KL coefficient."""
+        """What training changes: weights, optimisers, KL coefficient. Every process comes here."""
         tensors = {name: trained_tensors(part) for name, part in self.actors.voices.trained.items()}
-        tensors |= {f"{name}_optimiser": optimiser_state(one.adamw) for name, one in self.updates.optimisers.items()}
+        tensors |= {f"{name}_optimiser": optimiser.state() for name, optimiser in self.updates.optimisers.items()}
         return State(tensors, {"kl_coefficient": self.kl_coefficient})
 
     def _load_trained(self, state: State) -> None:
         for name, part in self.actors.voices.trained.items():
             load_trained(part, state.tensors[name])
-            load_optimiser_state(self.updates.optimisers[name].adamw, state.tensors[f"{name}_optimiser"])
+            self.updates.optimisers[name].load_state(state.tensors[f"{name}_optimiser"])
         self.kl_coefficient = state.values["kl_coefficient"]
 
     def save_checkpoint(self, step: int, work: Work | None = None) -> None:
         """Every process comes here; the first one writes. `work` is the next step's, where that has begun."""
         buffer = whole_work(work, self.processes) if work else State()
+        trained = self._trained()
         if self.processes.is_main:
-            trained = self._trained()
             values = {
                 **trained.values,
                 **buffer.values,
@@ -288,9 +296,11 @@ class PPO:
                 "seconds": self.progress.seconds,
                 "start_metrics": self.start_metrics,
                 "updates": self.updates.state(),
+                "watch": self.watch.values(),
             }
             tensors = {**trained.tensors, **buffer.tensors, "random": random_state()}
             folder = write_checkpoint(self.run.checkpoints, step, State(tensors, values), keep=self.options.keep_checkpoints)
+            self.watch.prune()
             self.run.event("checkpoint", step=step, path=str(folder))
         self.processes.barrier()
 
@@ -300,7 +310,7 @@ class PPO:
         self.processes.barrier()
         step, state = found if found else (0, State())
         if self.processes.is_main:
-            self.samples.cut(step if found else -1)
+            self.samples.cut(step - 1 if found is None or step == self.steps else step)  # what is evaluated again
         if found is None:
             return 0
         self._load_trained(state)
@@ -309,6 +319,7 @@ class PPO:
         self.progress.tokens, self.progress.seconds_before = state.values["tokens"], state.values["seconds"]
         self.start_metrics = state.values["start_metrics"]
         self.updates.load_state(state.values["updates"])
+        self.watch.load(state.values.get("watch"))
         if "tally" in state.values:
             self.begun = work_from(state, self._prompts(step), self.options.samples_per_prompt, self.processes)
         self.run.event("resume", step=step, update=self.begun.tally.done if self.begun else 0)
@@ -335,26 +346,29 @@ class PPO:
             "tokens": self.progress.tokens,
             "kl_coefficient": self.kl_coefficient,
             "skipped_steps": float(self.updates.skipped),
+            "alarms": float(self.watch.alarms),
+            "rollbacks": float(self.watch.rollbacks),
         }
         actors, verify = self.actors, self.options.verify_saved
-        refusal = (
-            save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
-        )
+        with gathered(actors.policy):
+            refusal = (
+                save_verified(self, actors.policy, actors.encoder, self.run.model_folder, verify=verify) if self.processes.is_main else None
+            )
         if (told := self.processes.gather(refusal)[0]) is not None:  # every process ends alike
             self.save_checkpoint(self.steps)
             error, remedy = told
             raise TrainingFailed(error, remedy=remedy)
+        if "value" in actors.voices.trained:
+            actors.voices.save_value(self.run.path / "value_model", actors.encoder)
         if self.processes.is_main:
-            artefacts = {
+            artefacts: dict[str, Any] = {
                 "model": str(self.run.model_folder),
                 "weights": {file.name: file_digest(file) for file in sorted(self.run.model_folder.glob("*.safetensors"))},
                 "encoder_digest": self.actors.encoder.digest,
                 "samples": str(self.samples.path),
             }
             if "value" in actors.voices.trained:
-                folder = self.run.path / "value_model"
-                actors.voices.save_value(folder, actors.encoder)
-                artefacts["value_model"] = str(folder)
+                artefacts["value_model"] = str(self.run.path / "value_model")
             self.run.write_result(metrics=metrics, artefacts=artefacts, seconds=self.progress.seconds, counts=counts)
         self.run.event("end", status="done", step=self.steps)
         self.processes.barrier()

@@ -12,6 +12,7 @@ from torch import Tensor
 from alignment.ppo.actors import Actors
 from alignment.ppo.estimators import ESTIMATORS, token_weights
 from alignment.ppo.experience import Experience, Targets
+from alignment.ppo.importance import importance_weights
 from alignment.ppo.losses import kl_k2, kl_k3, policy_terms, value_terms
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.voices import Said
@@ -19,6 +20,7 @@ from training.errors import TrainingFailed
 from training.gradients import free_memory, ran_out_of_memory
 from training.optimiser import Optimiser, Update
 from training.processes import Sums, add_sums
+from training.sharding import backward, keeps_step
 
 
 def minibatch_order(episodes: int, options: PPOOptions, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -47,7 +49,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Minibatch:
-    """Episodes of one optimiser step. `weights` (B, T): what each token counts in the policy's loss; `tokens`: real ones of the whole."""
+    """Episodes of one optimiser step. `weights` (B, T): what each token counts in the policy's loss, corrected for the
+    engine;  `tokens`: real ones of the whole."""
 
     experience: Experience
     aims: Targets
@@ -72,6 +75,8 @@ class Updates:
             name: Optimiser(part, value_options if name == "value" else options, steps=steps * self.per_step)
             for name, part in actors.voices.trained.items()
         }
+        for optimiser in self.optimisers.values():
+            optimiser.start(actors.processes)
 
     @property
     def skipped(self) -> int:
@@ -109,6 +114,8 @@ class Updates:
         micro-batches. Returns the largest |ratio - 1| on this process."""
         mask = experience.mask[indices]
         weights = token_weights(mask, ESTIMATORS[self.options.advantage_estimator].average, self.options.max_completion_tokens)
+        ours, engines = experience.logps[indices], experience.engine_logps[indices]
+        weights = weights * importance_weights(ours, engines, mask, self.options.importance_cap)
         batch = Minibatch(experience, aims, kl_coefficient, indices, weights, int(mask.sum()))
         mine = self.actors.processes.share(range(len(indices)), [float(len(experience.rows[index])) for index in indices])
         while True:
@@ -131,12 +138,17 @@ class Updates:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
+            if keeps_step(self.actors.policy):
+                raise TrainingFailed(
+                    "Memory ran out in an update, and a pass through sharded weights cannot be made again by one process alone.",
+                    remedy=f"Set tokens_per_micro_batch below {self.budget} (the update stays the same), or start more processes.",
+                ) from error
             return None
         return deviation
 
     def _halve(self) -> None:
         for optimiser in self.optimisers.values():
-            optimiser.adamw.zero_grad(set_to_none=True)
+            optimiser.clear()
         free_memory()
         if self.budget == 1:
             raise TrainingFailed(
@@ -166,14 +178,14 @@ class Updates:
             for name, values in (("approximate_kl", terms.approximate_kl), ("clip_share", terms.clipped), ("ratio", terms.ratio)):
                 _count(sums, name, values, mask)
             _count(sums, "policy_loss", terms.loss, mask)
-            deviation = float((terms.ratio[mask] - 1).abs().max())
+            deviation = float((terms.ratio - 1).masked_fill(~mask, 0).abs().max()) if episodes else 0.0
         if said.values is not None and aims.returns is not None:
             old_values, returns = experience.values[episodes].to(device), aims.returns[episodes].to(device)
             errors, clipped = value_terms(said.values[:, :width], old_values, returns, self.options.value_clip_range or None)
             loss = loss + errors.masked_fill(~mask, 0).sum() / batch.tokens
             _count(sums, "value_loss", errors, mask)
             _count(sums, "value_clip_share", clipped, mask)
-        loss.backward()
+        backward(said.model, loss)
         return deviation
 
 

@@ -1,7 +1,7 @@
 """What the models of PPO say of episodes, whichever form they have: four models, or adapters over one backbone (`alignment.ppo.shared`)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from rewardmodel.network import head_scores
 from rewardmodel.score import REWARD_FILE, RewardNotes, Scorer
 from training.encode import Encoder
-from training.language_model import reference, save_model
+from training.language_model import reference, save_model, unwrap
 from training.pack import Row
+from training.packed_model import packs_rows
 from training.processes import Processes
-from training.readings import Reading, Speech, readings
+from training.readings import Reading, Speech, Way, readings
+from training.sharding import gathered, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +32,9 @@ class Manner:
     def device(self) -> torch.device:
         return self.processes.device
 
-    def passes(self, model: Any, rows: Sequence[Row], *, budget: int, copies: int = 1, logits: bool = False) -> Iterator[Reading]:
-        """`readings`, each forward pass in the run's dtype; a backward pass in between is none of autocast's business."""
-        found = readings(model, rows, self.pad_id, device=self.device, budget=budget, copies=copies, logits=logits)
-        while True:
-            with self.processes.autocast():
-                reading = next(found, None)
-            if reading is None:
-                return
-            yield reading
+    @property
+    def way(self) -> Way:
+        return Way(self.pad_id, self.device, self.processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +51,18 @@ class Judged:
     raw_scores: Tensor
 
 
+def in_order(numbers: Sequence[Sequence[int]], parts: Sequence[Judged]) -> Judged:
+    """Parts of a judgement as one, in the order of the rows; `numbers` are those of each part's."""
+    order = torch.tensor([number for some in numbers for number in some], dtype=torch.long).argsort()
+    return Judged(*(torch.cat([getattr(part, one.name) for part in parts])[order] for one in fields(Judged)))
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One forward pass with gradients over rows `rows` (numbers among those given): (B, T) float32, packed to the left.
+    """One forward pass of `model` with gradients, over rows `rows` (numbers among those given; none of them in a pass that only keeps
+    processes in step): (B, T) float32, packed to the left. None where this pass did not ask: two models have passes of their own."""
 
-    None where this pass did not ask: where policy and value are two models, each has passes of its own."""
-
+    model: Any
     rows: tuple[int, ...]
     logps: Tensor | None = None
     values: Tensor | None = None
@@ -80,7 +82,7 @@ class Voices(Protocol):
         """Passes that together say everything of every row once. Go backward through one before the next is taken."""
 
     def save_value(self, folder: Path, encoder: Encoder) -> None:
-        """The value model as a standard folder."""
+        """The value model as a standard folder. Every process comes here; the first one writes."""
 
 
 class Separate:
@@ -94,6 +96,13 @@ class Separate:
         self.scorer = scorer
         self.notes = scorer.notes
         self.manner = manner
+        for model in (policy, reference):
+            if model is not None:
+                Speech(model)  # tried while the weights are whole, and so is packing
+        models = [model for model in (policy, reference, self.value, scorer.model) if model is not None]
+        for model in models:
+            packs_rows(unwrap(model).base_model)
+            shard(model, manner.processes)
         self.trained: dict[str, nn.Module] = {"policy": policy}
         if value:
             self.trained["value"] = value[0]
@@ -101,32 +110,41 @@ class Separate:
     def judged(self, rows: Sequence[Row], read: Sequence[Row], *, budget: int, values: bool, logps: bool) -> Judged:
         nothing = torch.zeros((len(rows), self.manner.width))
         with torch.no_grad():
-            with reference(self.policy, self.reference) as frozen:
+            with reference(self.policy, self.reference) as frozen, gathered(frozen):
                 reference_logps = self._whole(self._logps(frozen, rows, budget), len(rows))
-            own = self._whole(self._logps(self.policy, rows, budget), len(rows)) if logps else nothing
-            expected = self._whole(self._values(rows, budget), len(rows)) if values and self.value is not None else nothing
-        with self.manner.processes.autocast():
+            with gathered(self.policy):
+                own = self._whole(self._logps(self.policy, rows, budget), len(rows)) if logps else nothing
+            wanted = self.value if values else None
+            with gathered(wanted):
+                expected = nothing if wanted is None else self._whole(self._values(rows, budget), len(rows))
+        with gathered(self.scorer.model), self.manner.processes.autocast():
             return Judged(reference_logps, own, expected, self.scorer.raw_scores(read))
 
     def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
         """The policy's passes, then the value model's: the graph of one is gone before the next is built."""
         for numbers, logps in self._logps(self.policy, rows, budget):
-            yield Said(numbers, logps=logps)
+            yield Said(self.policy, numbers, logps=logps)
         if self.value is not None:
             for numbers, values in self._values(rows, budget):
-                yield Said(numbers, values=values)
+                yield Said(self.value, numbers, values=values)
 
     def _logps(self, model: Any, rows: Sequence[Row], budget: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         speech, manner = Speech(model), self.manner
-        for reading in manner.passes(model, rows, budget=budget, logits=speech.needs_logits):
-            yield reading.rows, reading.by_row(speech.logps(reading, temperature=manner.temperature), manner.width)
+
+        def read(reading: Reading) -> Tensor:
+            return reading.by_row(speech.logps(reading, temperature=manner.temperature), manner.width)
+
+        return readings(model, rows, read, way=manner.way, budget=budget, logits=speech.needs_logits)
 
     def _values(self, rows: Sequence[Row], budget: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Expected score before each completion token, read at the token before it, in normalised reward."""
-        manner = self.manner
-        for reading in manner.passes(self.value, rows, budget=budget):
+        notes, manner = self.value_notes, self.manner
+
+        def read(reading: Reading) -> Tensor:
             raw = head_scores(self.value, reading.predicting())[:, 0]
-            yield reading.rows, reading.by_row((raw - self.value_notes.means[0]) / self.value_notes.scales[0], manner.width)
+            return reading.by_row((raw - notes.means[0]) / notes.scales[0], manner.width)
+
+        return readings(self.value, rows, read, way=manner.way, budget=budget)
 
     def _whole(self, parts: Iterator[tuple[tuple[int, ...], Tensor]], count: int) -> Tensor:
         whole = torch.zeros((count, self.manner.width))
@@ -135,4 +153,6 @@ class Separate:
         return whole
 
     def save_value(self, folder: Path, encoder: Encoder) -> None:
-        save_model(self.value, encoder, folder, notes={REWARD_FILE: self.value_notes.as_json()})
+        with gathered(self.value):
+            if self.manner.processes.is_main:
+                save_model(self.value, encoder, folder, notes={REWARD_FILE: self.value_notes.as_json()})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import alignment.sft
-from alignment.fan_out import processes_asked_of_accelerate
+from alignment.fan_out import asked_of_accelerate
 from tests.training.tiny import demonstrations, events, llama, make_run, start, weights
 
 pytestmark = pytest.mark.training
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.training
     ],
 )
 def test_without_accelerates_lonely_launch_nothing_fans_out(environment):
-    assert processes_asked_of_accelerate(environment) == 1
+    assert asked_of_accelerate(environment) == (1, {})
 
 
 def test_bad_input_of_all_processes_is_status_2(tmp_path):

@@ -123,7 +123,7 @@ class Setting:
         self.options = parse_options(PPOOptions, self.run.options)
         self.actors = load_actors(self.run, make_encoder(), self.options, Processes("float32"))
         prompts, _, _ = ppo.read_inputs(self.run, self.actors.encoder, self.options)
-        self.experience, _ = self.actors.experience([prompt.prompt_ids for prompt in prompts[:8]], 2, seed=0, step=0)
+        self.experience = self.actors.experience([prompt.prompt_ids for prompt in prompts[:8]], 2, seed=0, step=0)
         self.aims = targets(self.experience, self.options, self.options.kl_coefficient)
         self.updates = Updates(self.actors, self.options, steps=1, seed=0)
 

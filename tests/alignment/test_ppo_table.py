@@ -66,6 +66,7 @@ def episodes(table: Table, rows: Tensor, values: Tensor, count: int) -> tuple[Ex
         rows=[Row([0], pair) for pair in tokens.tolist()],
         mask=torch.ones((count, 2), dtype=torch.bool),
         logps=old,
+        engine_logps=old,
         entropies=torch.zeros_like(old),
         reference_logps=table.reference.log_softmax(-1)[states, tokens],
         values=values.detach()[states],

@@ -7,12 +7,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from alignment.follow import COUNTED_AS_WARNING
+from alignment.follow import alarms_of
 from alignment.ledgers import ledger_of
 from alignment.management.commands.align import EXIT_CODES, HelpFormatter
 from alignment.methods import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_STOPPED
 from alignment.models import Job, TrainedModel
 from alignment.progress import facts
+from alignment.samples import read_samples
 from alignment.selectors import (
     DISPUTED_FILE,
     align_command,
@@ -23,10 +24,9 @@ from alignment.selectors import (
     job_summary,
     lineage_lines,
     run_command,
-    samples_of,
 )
 from alignment.services.jobs import job_cancel, job_resume, job_retry
-from alignment.tables import figure_lines, jobs_table
+from alignment.tables import figure_lines, jobs_table, printable, sample_lines
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 
@@ -56,6 +56,8 @@ class Command(BaseCommand):
         listed.add_argument("--json", action="store_true", help='one JSON object {"jobs": [...]}')
         shown = commands.add_parser("show", help="state, settings, figures, lineage, samples, and the command that repeats it")
         shown.add_argument("name", metavar="JOB")
+        shown.add_argument("--samples", action="store_true", help="prompt, output, score and KL of each text, instead")
+        shown.add_argument("--step", type=int, metavar="N", help="of --samples: the evaluation at step N (default: the newest)")
         shown.add_argument("--json", action="store_true")
         logs = commands.add_parser("logs", help="what the run printed")
         logs.add_argument("name", metavar="JOB")
@@ -95,6 +97,8 @@ class Command(BaseCommand):
 
     def _show(self, given: dict[str, Any]) -> int:
         job = job_get(name=given["name"])
+        if given["samples"] or given["step"] is not None:
+            return self._samples(job, given)
         if given["json"]:
             self._json(job_summary(job))
             return 0
@@ -108,16 +112,39 @@ class Command(BaseCommand):
         for entry in ledger_of(counts_in(events)):
             which = f"  first: {', '.join(entry.keys[:NAMED_KEYS])}" if entry.keys else ""
             lines.append(f"  {entry.name}: {entry.counts[0]:,} for training, {entry.counts[1]:,} held out{which}")
-        told = [event.get("text", "") for event in events if event.get("kind") in COUNTED_AS_WARNING]
-        lines += [f"warning: {text}" for text in told[-NAMED_WARNINGS:]]
+        for alarm in alarms_of(events)[:NAMED_WARNINGS][::-1]:
+            where = f"alarm at step {alarm['step']}, {alarm['name']} ({alarm.get('action')})"
+            lines.append(printable(f"{where}: {alarm.get('seen')} {alarm.get('remedy')}"))
+        told = [event.get("text", "") for event in events if event.get("kind") == "warning"]
+        lines += [f"warning: {printable(text)}" for text in told[-NAMED_WARNINGS:]]
         if disputed_of(job=job, limit=1):
             lines.append(f"what to label next, most disputed first: {job.folder / DISPUTED_FILE}")
         model = TrainedModel.objects.filter(job=job).first()
         lines += lineage_lines(job=job, model=model)
-        for sample in samples_of(job=job, limit=3):
-            lines += ["sample: " + json.dumps(sample, ensure_ascii=False)[:400]]
+        for sample in read_samples(job.folder, limit=3).rows:
+            lines += ["sample: " + printable(json.dumps(sample, ensure_ascii=False))[:400]]
         lines += [f"repeat it by hand: {run_command(job=job)}", f"ask for it again:  {align_command(job=job)}"]
         self.stdout.write("\n".join(lines))
+        return 0
+
+    def _samples(self, job: Job, given: dict[str, Any]) -> int:
+        written = read_samples(job.folder, limit=1 << 30, step=given["step"])
+        if not written.rows:
+            what = "PPO writes some at each evaluation, evaluate and generate at their end."
+            raise Refused("no_samples", f"{job.name} is {job.state} and has no samples in {job.folder}. {what}", status=404)
+        if given["step"] is not None and written.step != given["step"]:
+            there = f"at steps {', '.join(map(str, written.steps[::-1]))}" if written.steps else "once, at its end: leave --step out"
+            raise Refused("no_such_step", f"{job.name} wrote no samples at step {given['step']}; it did {there}.", status=404)
+        if given["json"]:
+            found = {"steps": written.steps, "step": written.step, "samples": written.rows}
+            self.stdout.write(json.dumps(found, indent=2))  # ASCII alone: a policy wrote it, and a terminal may read it
+            return 0
+        others = [str(step) for step in written.steps[::-1] if step != written.step]
+        title = f"{job.name}: {written.total:,} samples" + (f" at step {written.step}" if written.step is not None else "")
+        lines = [title + (f" (--step N for steps {', '.join(others)})" if others else ""), ""]
+        for sample in written.rows:
+            lines += sample_lines(sample)
+        self.stdout.write("\n".join(lines).rstrip())
         return 0
 
     def _facts(self, job: Job) -> list[str]:
