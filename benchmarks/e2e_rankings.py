@@ -1,7 +1,7 @@
 """The main job on what people really judged: SFT, reward model, and from there DPO, listwise DPO, PPO, RLOO and best-of-n, on the E2E
 restaurant texts and their human rankings; and PPO that goes too far, from one reward model and from the pessimistic score of four.
 
-    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2 3] [--long-seeds 0 1] [--parts light firm long]
+    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2 3] [--long-seeds 0 1] [--parts first online direct long]
                                       [--folder var/benchmarks/e2e] [--workers 2] [--json FILE] [--figures docs/figures]
 
 Every stage is an ordinary run directory (`e2e_stages`); what is done is not done again, so the whole can be stopped and started at will.

@@ -39,9 +39,19 @@ LEARNING: dict[str, dict[str, Any]] = {
 # Long enough to go past what the reward model knows: no KL penalty holds it, and its learning rate does not fall.
 LONG = LEARNING["ppo"] | {"max_steps": 24, "kl_coefficient": 0.0, "schedule": "constant", "evaluate_steps": 3, "evaluation_prompts": 260}
 LONG_VIEWS = {"single": ("reward", {}), "pessimistic": ("ensemble", {"reward_view": "mean_minus_spread"})}
-# How firmly each policy is held to SFT: a part of the plan, and a point of the frontier, for each.
-HOLDS = {"light": {"beta": 0.1, "kl": 0.05}, "firm": {"beta": 0.3, "kl": 0.2}}
-PARTS = (*HOLDS, "long")
+# The points of the frontier: beta of the two DPOs, KL coefficient of PPO and RLOO. The first part has one of each; the others hold more firmly.
+POINTS: dict[str, dict[str, float]] = {
+    "first": {"dpo": 0.1, "listwise": 0.1, "ppo": 0.05, "rloo": 0.05},
+    "online": {"ppo": 0.2, "rloo": 0.2},
+    "direct": {"dpo": 0.3, "listwise": 0.3},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "listwise": {"loss": "plackett_luce"},
+    "ppo": {},
+    "rloo": {"advantage_estimator": "rloo"},
+}
+PARTS = (*POINTS, "long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +69,11 @@ class Variant:
 
 
 def variants(part: str) -> list[Variant]:
-    if part not in HOLDS:
-        return []
-    beta, kl = HOLDS[part]["beta"], HOLDS[part]["kl"]
-    online = LEARNING["ppo"] | {"kl_coefficient": kl}
-    return [
-        Variant("dpo", beta, "dpo", LEARNING["dpo"] | {"beta": beta}),
-        Variant("listwise", beta, "dpo", LEARNING["dpo"] | {"beta": beta, "loss": "plackett_luce"}),
-        Variant("ppo", kl, "ppo", online),
-        Variant("rloo", kl, "ppo", online | {"advantage_estimator": "rloo"}),
-    ]
+    found = []
+    for family, setting in POINTS.get(part, {}).items():
+        method, option = ("dpo", "beta") if family in ("dpo", "listwise") else ("ppo", "kl_coefficient")
+        found.append(Variant(family, setting, method, LEARNING[method] | {option: setting} | FAMILIES[family]))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
