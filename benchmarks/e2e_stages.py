@@ -39,7 +39,7 @@ LEARNING: dict[str, dict[str, Any]] = {
 # Long enough to go past what the reward model knows: no KL penalty holds it, and its learning rate does not fall.
 LONG = LEARNING["ppo"] | {"max_steps": 24, "kl_coefficient": 0.0, "schedule": "constant", "evaluate_steps": 3, "evaluation_prompts": 260}
 LONG_VIEWS = {"single": ("reward", {}), "pessimistic": ("ensemble", {"reward_view": "mean_minus_spread"})}
-# The points of the frontier: beta of the two DPOs, KL coefficient of PPO and RLOO. The first part has one of each; the others hold more firmly.
+# The points of the frontier: beta of the two DPOs, KL coefficient of PPO and RLOO. After the first part they are held more firmly.
 POINTS: dict[str, dict[str, float]] = {
     "first": {"dpo": 0.1, "listwise": 0.1, "ppo": 0.05, "rloo": 0.05},
     "online": {"ppo": 0.2, "rloo": 0.2},
