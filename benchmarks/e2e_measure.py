@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from alignment.answers import distinct_share
-from benchmarks.e2e_stages import BEST_OF, json_lines
+from benchmarks.e2e_stages import BEST_OF, SAMPLES, json_lines
 from benchmarks.slots import slots_said
 from rewardmodel.score import Scorer
 
 RESAMPLES = 2000
-LEAST_DISTINCT, LEAST_WORDS, MOST_WORDS, MORE_UNFINISHED = 0.5, 0.67, 1.5, 0.02
+LEAST_DISTINCT, LEAST_WORDS, MOST_WORDS, MORE_EMPTY, MORE_UNFINISHED = 0.5, 0.67, 1.5, 0.01, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,18 @@ class Texts:
         return {name: getattr(self, name) for name in self.__slots__ if name != "sums"}
 
 
-def said_in(file: Path, policy: str) -> list[Said]:
-    """The rows of one policy in the `samples.jsonl` of an evaluation."""
-    rows = (row for row in json_lines(file) if row["policy"] == policy)
-    return [Said(row["messages"][-1]["content"], row["text"], row["score"], row["kl_k1_nats"], row["finished"]) for row in rows]
+def evaluated(file: Path, policy: str) -> Texts:
+    """What one policy said in an evaluation, by its `samples.jsonl`."""
+    return measure([_said(row) for row in json_lines(file) if row["policy"] == policy], each=SAMPLES)
 
 
-def measure(said: Sequence[Said]) -> Texts:
+def _said(row: dict[str, Any]) -> Said:
+    return Said(row["messages"][-1]["content"], row["text"], row["score"], row["kl_k1_nats"], row["finished"])
+
+
+def measure(said: Sequence[Said], each: int = 1) -> Texts:
+    """Args:  each: how many texts of a prompt follow each other. Different pairs of words are counted in the first ones alone, for their
+    share falls with the number of texts."""
     counts = np.array([slots_said(one.meaning, one.text) for one in said], dtype=float)
     meanings = [one.meaning for one in said]
     scores, kls = np.array([one.score for one in said]), np.array([one.kl_nats for one in said])
@@ -69,7 +74,7 @@ def measure(said: Sequence[Said]) -> Texts:
         kl_nats=float(kls.mean()),
         kl_nats_error=_mean_error(meanings, kls),
         words=float(np.mean([len(one.text.split()) for one in said])),
-        distinct_2=distinct_share([one.text for one in said], 2),
+        distinct_2=distinct_share([one.text for one in said[::each]], 2),
         empty_share=float(np.mean([not one.text.strip() for one in said])),
         unfinished_share=float(np.mean([not one.finished for one in said])),
         texts=len(said),
@@ -89,12 +94,12 @@ def gain(policy: Texts, start: Texts) -> tuple[float, float]:
 def collapse(policy: Texts, start: Texts) -> list[str]:
     """Why a policy counts as collapsed; nothing where it does not.
 
-    It says fewer slots than SFT by more than a standard error, writes an empty text, has less than half of SFT's different pairs of words,
-    texts shorter than two thirds or longer than one and a half times SFT's, or texts without an end in two of a hundred more."""
+    It says fewer slots than SFT by more than a standard error; or, of a hundred texts, one more than SFT's is empty or two more have no end;
+    or it has less than half of SFT's different pairs of words; or its texts are not two thirds to one and a half times as long."""
     more, error = gain(policy, start)
     found = {
         f"slots said {more:+.3f} ±{error:.3f}": more < -error,
-        f"empty texts {policy.empty_share:.4f}": policy.empty_share > 0,
+        f"empty texts {policy.empty_share:.4f}": policy.empty_share > start.empty_share + MORE_EMPTY,
         f"distinct pairs {policy.distinct_2:.3f} of {start.distinct_2:.3f}": policy.distinct_2 < LEAST_DISTINCT * start.distinct_2,
         f"words {policy.words:.1f} of {start.words:.1f}": not LEAST_WORDS <= policy.words / start.words <= MOST_WORDS,
         f"unfinished {policy.unfinished_share:.3f}": policy.unfinished_share > start.unfinished_share + MORE_UNFINISHED,
@@ -112,15 +117,15 @@ def best_of(file: Path, count: int) -> Texts:
         one = Said(row["messages"][-1]["content"], row["text"], row["score"]["mean"], bound, row["sampling"]["finished"])
         by_prompt.setdefault(row["key"], []).append(one)
     starts = range(0, BEST_OF, count)
-    return measure([max(said[start : start + count], key=lambda one: one.score) for said in by_prompt.values() for start in starts])
+    best = [max(said[start : start + count], key=lambda one: one.score) for said in by_prompt.values() for start in starts]
+    return measure(best, each=len(starts))
 
 
 def along(run: Path) -> list[dict[str, Any]]:
     """What a PPO run wrote at each of its evaluations: one text of each held-out prompt. `reward` is the score that it was paid by."""
     by_step: dict[int, list[Said]] = {}
     for row in json_lines(run / "samples.jsonl"):
-        one = Said(row["messages"][-1]["content"], row["text"], row["score"], row["kl_k1_nats"], row["finished"])
-        by_step.setdefault(row["step"], []).append(one)
+        by_step.setdefault(row["step"], []).append(_said(row))
     found = []
     first = measure(by_step[0])
     for step, said in sorted(by_step.items()):

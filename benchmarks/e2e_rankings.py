@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import human_pairs as people
 from benchmarks.e2e_figures import Line, Panel, drawing
-from benchmarks.e2e_measure import Texts, along, best_of, collapse, gain, measure, said_in, score_texts
+from benchmarks.e2e_measure import Texts, along, best_of, collapse, evaluated, gain, score_texts
 from benchmarks.e2e_stages import BEST_OF, HOUSE, LONG_VIEWS, PARTS, Task, perform, prepare, say, settings, variants
 from benchmarks.e2e_tables import table
 from benchmarks.slots import facts
@@ -39,7 +39,7 @@ def one_seed(task: Task, seed: int, parts: Sequence[str], results: Results) -> d
         report["policies"].append({"family": "best-of-n", "setting": count, **_beside(best_of(sampled, count), start)})
     for part in parts:
         for variant in variants(part):
-            texts = measure(said_in(home / f"evaluate-{part}" / "samples.jsonl", variant.name))
+            texts = evaluated(home / f"evaluate-{part}" / "samples.jsonl", variant.name)
             seen = results[seed, f"evaluate-{part}"]["metrics"]
             more = {name: seen[f"{variant.name}.{name}"] for name in ("win_rate", "win_rate_low", "win_rate_high")}
             more["training_seconds"] = results[seed, variant.name]["seconds"]

@@ -11,7 +11,7 @@ import pytest
 from alignment.options import DPOOptions, EvaluateOptions, GenerateOptions, SFTOptions
 from alignment.ppo.options import PPOOptions
 from benchmarks.e2e_figures import Line, Panel, drawing, ticks
-from benchmarks.e2e_measure import Said, best_of, collapse, gain, measure, said_in
+from benchmarks.e2e_measure import Said, best_of, collapse, evaluated, gain, measure
 from benchmarks.e2e_stages import PARTS, Stage, Task, json_lines, perform, write_lines
 from rewardmodel.options import RewardOptions
 from training.options import parse_options
@@ -92,10 +92,13 @@ def test_best_of_n_takes_the_best_of_each_n_samples(tmp_path: Path):
     assert best_of(tmp_path / "completions.jsonl", 16).slots_said == 1
 
 
-def test_rows_of_one_policy_are_read(tmp_path: Path):
-    row = {"messages": [{"role": "user", "content": MEANING}], "text": ALL, "score": 1.0, "kl_k1_nats": 2.0, "finished": True}
-    write_lines(tmp_path / "samples.jsonl", [{"policy": name, **row} for name in ("dpo-0.1", "dpo-0.3", "dpo-0.1")])
-    assert said_in(tmp_path / "samples.jsonl", "dpo-0.1") == [Said(MEANING, ALL, 1.0, 2.0)] * 2
+def test_an_evaluation_is_read_one_policy_at_a_time_and_words_are_counted_in_first_samples(tmp_path: Path):
+    row = {"messages": [{"role": "user", "content": MEANING}], "score": 1.0, "kl_k1_nats": 2.0, "finished": True}
+    texts = [("dpo-0.1", text) for text in (ALL, ALL, ALL, ONE)] + [("dpo-0.3", ONE)] * 4
+    write_lines(tmp_path / "samples.jsonl", [{"policy": policy, "text": text, **row} for policy, text in texts])
+    found = evaluated(tmp_path / "samples.jsonl", "dpo-0.1")
+    assert (found.texts, found.slots_said, found.kl_nats) == (4, pytest.approx(10 / 12), 2.0)
+    assert found.distinct_2 == 1  # no pair twice in the first text
 
 
 @pytest.fixture
