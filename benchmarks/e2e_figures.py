@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from benchmarks.rank_growth import nice
 
 Point = tuple[float, float]
-PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 430, 330, 62, 84
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 430, 330, 62, 98
 COLOURS = {  # light, dark
     "best-of-n": ("#5f6672", "#a9b1bd"),
     "dpo": ("#0b6bcb", "#62aefc"),
