@@ -94,8 +94,8 @@ def gain(policy: Texts, start: Texts) -> tuple[float, float]:
 def collapse(policy: Texts, start: Texts) -> list[str]:
     """Why a policy counts as collapsed; nothing where it does not.
 
-    It says fewer slots than SFT by more than a standard error; of a hundred texts, one more than SFT's is empty, or two more have no end; it
-    has less than half of SFT's different pairs of words; or its texts are not two thirds to one and a half times as long."""
+    It says fewer slots than SFT by more than a standard error; of a hundred texts, one more than SFT's is empty, or two more have no end;
+    it has less than half of SFT's different pairs of words; or its texts are not two thirds to one and a half times as long."""
     more, error = gain(policy, start)
     found = {
         f"slots said {more:+.3f} ±{error:.3f}": more < -error,
