@@ -203,21 +203,23 @@ class Evaluation:
         return found
 
     def _table(self, name: str, answers: Answers, baseline: Answers) -> list[dict[str, Any]]:
-        """The first sample of the first prompts, beside the baseline's."""
+        """The first prompts: their first sample, or each, beside the baseline's of the same number."""
+        shown = self.options.samples if self.options.table_whole else 1
         return [
             {
                 "policy": name,
                 "key": row.key,
                 "messages": row.messages,
-                "text": own[0].text,
-                "score": own[0].score,
-                "kl_k1_nats": own[0].k1,
-                "tokens": own[0].tokens,
-                "finished": own[0].finished,
-                "baseline_text": other[0].text,
-                "baseline_score": other[0].score,
+                "text": one.text,
+                "score": one.score,
+                "kl_k1_nats": one.k1,
+                "tokens": one.tokens,
+                "finished": one.finished,
+                "baseline_text": beside.text,
+                "baseline_score": beside.score,
             }
             for row, own, other in list(zip(self.rows, answers, baseline, strict=True))[: self.options.table_samples]
+            for one, beside in zip(own[:shown], other[:shown], strict=True)
         ]
 
 

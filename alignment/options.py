@@ -188,7 +188,8 @@ class EvaluateOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cache_tokens: int = 65_536
     tokens_per_micro_batch: int = 8192
-    table_samples: int = 50  # rows of samples.jsonl for each policy
+    table_samples: int = 50  # prompts of samples.jsonl for each policy
+    table_whole: bool = False  # every sample of those prompts, not the first alone
 
     def __post_init__(self) -> None:
         _check_sampling(self)

@@ -1,204 +1,79 @@
-"""The main job on what people really judged: SFT, reward model, DPO and PPO on the E2E restaurant texts and their human rankings.
+"""The main job on what people really judged: SFT, reward model, and from there DPO, listwise DPO, PPO, RLOO and best-of-n, on the E2E
+restaurant texts and their human rankings; and PPO that goes too far, from one reward model and from the pessimistic score of four.
 
-    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2] [--folder var/benchmarks/e2e] [--json FILE]
+    python -m benchmarks.e2e_rankings [--data ../shared/data] [--seeds 0 1 2 3] [--long-seeds 0 1] [--parts first online direct long]
+                                      [--folder var/benchmarks/e2e] [--workers 2] [--json FILE] [--figures docs/figures]
 
-Every stage is an ordinary run directory, started as `python -m alignment RUN_DIRECTORY`; a stage whose `result.json` is there is not done
-again, and one that was killed resumes from its checkpoint, so the whole can be stopped and started at will. About an hour on two cores.
+Every stage is an ordinary run directory (`e2e_stages`); what is done is not done again, so the whole can be stopped and started at will.
+About two and a half hours on two cores.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks import human_pairs as people
-from benchmarks.slots import facts, slots_said, with_placeholders
+from benchmarks.e2e_figures import Line, Panel, drawing
+from benchmarks.e2e_measure import Texts, along, best_of, collapse, evaluated, gain, score_texts
+from benchmarks.e2e_stages import BEST_OF, HOUSE, LONG_VIEWS, PARTS, Task, perform, prepare, say, settings, variants
+from benchmarks.e2e_tables import table
+from benchmarks.slots import facts
 from training.rankings import RankedPrompt, read_rankings
-from training.rundir import RunDirectory, file_digest
-from training.scratch import make_model
 
-HOUSE = Path(__file__).resolve().parent.parent
-HELD_OUT_PERCENT = 20
-SAMPLES = 8
-POLICIES = ("sft", "dpo", "ppo")
-SIZE = {"vocab_size": 1024, "hidden_size": 192, "layers": 4, "heads": 6}
-OPTIONS: dict[str, dict[str, object]] = {
-    "sft": {"max_steps": 1000, "batch_rows": 32, "learning_rate": 1e-3},
-    "reward": {"epochs": 3, "batch_rankings": 32, "learning_rate": 1e-4},
-    "dpo": {"epochs": 1, "batch_rankings": 16, "learning_rate": 1e-4, "beta": 0.1},
-    "ppo": {
-        "max_steps": 16,
-        "prompts_per_step": 64,
-        "samples_per_prompt": 4,
-        "passes": 2,
-        "minibatches": 4,
-        "warmup_share": 0.0,
-        "learning_rate": 2e-4,
-        "kl_coefficient": 0.05,
-        "max_completion_tokens": 100,
-    },
-}
+LABELS = {"best-of-n": "best of n", "dpo": "DPO", "listwise": "listwise DPO", "ppo": "PPO", "rloo": "RLOO"}
+LONG_LABELS = {"single": "paid by one reward model", "pessimistic": "paid by the pessimistic score of four heads"}
+Results = dict[tuple[int, str], dict[str, Any]]
 
 
-def say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), text, flush=True)
-
-
-def json_lines(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as stream:
-        yield from (json.loads(line) for line in stream)
-
-
-def write_lines(path: Path, rows: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def prepare(data: Path, folder: Path) -> tuple[Path, Path]:
-    """Names become placeholders; the rankings pass through the ordinary `load` and `snapshot`. Returns (SFT file, snapshot)."""
-    sft, rankings = folder / "sft.jsonl", folder / "rankings.jsonl"
-    snapshots = folder / "state" / "snapshots"
-    found = sorted(snapshots.glob("*/rankings.jsonl"))
-    if sft.exists() and found:
-        return sft, found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    demonstrations = []
-    for row in json_lines(data / "sft" / "e2e_dev.jsonl"):
-        meaning, text = with_placeholders(row["prompt"], row["completion"])
-        demonstrations.append({"prompt": meaning, "completion": text})
-    judged = []
-    for row in json_lines(data / "rankings" / "e2e_quality_k5.jsonl"):
-        responses = [{**response, "text": with_placeholders(row["prompt"], response["text"])[1]} for response in row["responses"]]
-        judged.append({**row, "prompt": with_placeholders(row["prompt"])[0], "responses": responses})
-    write_lines(rankings, judged)
-    manage("migrate", "--verbosity", "0", state=folder / "state")
-    manage("project", "create", "e2e", "--name", "E2E quality", "--held-out-percent", str(HELD_OUT_PERCENT), state=folder / "state")
-    manage("load", "e2e", str(rankings), state=folder / "state")
-    manage("snapshot", "create", "e2e", state=folder / "state")
-    write_lines(sft, demonstrations)
-    return sft, next(iter(snapshots.glob("*/rankings.jsonl")))
-
-
-def manage(*words: str, state: Path) -> None:
-    environ = {**os.environ, "RANKLOOP_VAR": str(state)}
-    environ.pop("DATABASE_URL", None)
-    subprocess.run([sys.executable, "manage.py", *words], cwd=HOUSE, env=environ, check=True)
-
-
-def run(path: Path, method: str, seed: int, inputs: dict, options: dict) -> dict:
-    """The result of one run directory, started or resumed if it is not there yet."""
-    directory = RunDirectory.open(path) if (path / "config.json").exists() else None
-    if directory is None:
-        directory = RunDirectory.create(path, method=method, seed=seed, inputs=inputs, options=options)
-    if directory.result() is None:
-        say(f"{path.parent.name}/{path.name} ...")
-        with (path / "log.txt").open("a") as log:
-            done = subprocess.run([sys.executable, "-m", "alignment", str(path)], cwd=HOUSE, stdout=log, stderr=log, check=False)
-        if done.returncode:
-            raise SystemExit(f"{path} ended with status {done.returncode}: see {path / 'log.txt'} and error.json there.")
-    result = directory.result()
-    assert result is not None
-    say(f"{path.parent.name}/{path.name}: {result['seconds']:.0f} s")
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """What a policy says on held-out prompts at temperature 1."""
-
-    said: float
-    low: float
-    high: float
-    words: float
-    empty: float
-
-
-def measure(path: Path) -> Texts:
-    """Share of slots said; the 95 % interval resamples prompts."""
-    by_prompt: dict[str, list[tuple[int, int]]] = {}
-    words, empty = [], 0
-    for row in json_lines(path / "completions.jsonl"):
-        meaning = row["messages"][-1]["content"]
-        by_prompt.setdefault(meaning, []).append(slots_said(meaning, row["text"]))
-        words.append(len(row["text"].split()))
-        empty += not row["text"].strip()
-    sums = np.array([np.sum(pairs, axis=0) for pairs in by_prompt.values()])
-    draws = np.random.default_rng(0).integers(0, len(sums), size=(2000, len(sums)))
-    resampled = sums[draws].sum(axis=1)
-    low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [0.025, 0.975])
-    return Texts(float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high), float(np.mean(words)), empty / len(words))
-
-
-def score_texts(reward_model: Path, rows: Sequence[tuple[str, str]]) -> list[float]:
-    from rewardmodel.score import Scorer
-
-    return Scorer.load(reward_model).score([([{"role": "user", "content": meaning}], text) for meaning, text in rows])
-
-
-def best_of(path: Path, reward_model: Path) -> float:
-    """Slots said by the best of each prompt's samples, as the reward model sees it: the bound that PPO is held against."""
-    rows = [(row["messages"][-1]["content"], row["text"]) for row in json_lines(path / "completions.jsonl")]
-    best: dict[str, tuple[float, str]] = {}
-    for (meaning, text), score in zip(rows, score_texts(reward_model, rows), strict=True):
-        best[meaning] = max(best.get(meaning, (float("-inf"), "")), (score, text))
-    sums = np.sum([slots_said(meaning, text) for meaning, (_, text) in best.items()], axis=0)
-    return float(sums[0] / sums[1])
-
-
-def one_seed(folder: Path, seed: int, sft_file: Path, snapshot: Path) -> dict:
-    home = folder / f"seed-{seed}"
-    start = home / "start"
-    if not (start / "config.json").exists():
-        texts = [text for row in json_lines(sft_file) for text in (row["prompt"], row["completion"])]
-        make_model(start, texts, seed=seed, **SIZE)
-    demonstrations = {"path": str(sft_file), "digest": file_digest(sft_file)}
-    rankings = {"path": str(snapshot), "digest": file_digest(snapshot)}
-    results = {"sft": run(home / "sft", "sft", seed, {"model": str(start), "data": demonstrations}, OPTIONS["sft"])}
-    sft, reward = str(home / "sft" / "model"), str(home / "reward" / "model")
-    results["reward"] = run(home / "reward", "reward", seed, {"model": sft, "data": rankings}, OPTIONS["reward"])
-    results["dpo"] = run(home / "dpo", "dpo", seed, {"model": sft, "data": rankings}, OPTIONS["dpo"])
-    results["ppo"] = run(home / "ppo", "ppo", seed, {"model": sft, "reward_model": reward, "data": rankings}, OPTIONS["ppo"])
-    report: dict = {"seed": seed, "policies": {}, "seconds": {name: result["seconds"] for name, result in results.items()}}
-    models = {name: str(home / name / "model") for name in POLICIES}
-    sampling = {"samples": SAMPLES, "temperature": 1.0, "split": "held_out", "max_completion_tokens": 100}
-    inputs = {"models": models, "baseline": sft, "reward_model": reward, "data": rankings}
-    seen = run(home / "evaluate", "evaluate", seed, inputs, sampling)["metrics"]
-    for name, model in models.items():
-        run(home / f"generate-{name}", "generate", seed, {"model": model, "data": rankings}, sampling)
-        texts = measure(home / f"generate-{name}")
-        report["policies"][name] = {
-            "slots_said": texts.said,
-            "slots_said_interval": [texts.low, texts.high],
-            "words": texts.words,
-            "empty": texts.empty,
-            "reward": seen[f"{name}.reward_policy"],
-            "win_rate": seen[f"{name}.win_rate"],
-            "win_rate_interval": [seen[f"{name}.win_rate_low"], seen[f"{name}.win_rate_high"]],
-            "kl_nats": seen[f"{name}.kl_k1_nats"],
-            "unfinished": seen[f"{name}.unfinished_share"],
-        }
-    report["best_of_8"] = best_of(home / "generate-sft", Path(reward))
-    held_out = [item for item in read_rankings(snapshot) if item.split == "held_out"]
-    pairs = people.majority_pairs(held_out)
-    better = score_texts(Path(reward), [(pair.meaning, pair.better) for pair in pairs])
-    worse = score_texts(Path(reward), [(pair.meaning, pair.worse) for pair in pairs])
-    report["reward_accuracy"] = people.accuracy(pairs, [b - w for b, w in zip(better, worse, strict=True)])
+def one_seed(task: Task, seed: int, parts: Sequence[str], results: Results) -> dict[str, Any]:
+    """Everything that is said of one seed."""
+    home = task.home(seed)
+    sampled = home / "generate-sft" / "completions.jsonl"
+    start = best_of(sampled, 1)
+    report: dict[str, Any] = {"seed": seed, "sft": start.as_json(), "policies": [], "long": {}}
+    for count in (n for n in (2, 4, 8, 16) if n <= BEST_OF):
+        report["policies"].append({"family": "best-of-n", "setting": count, **_beside(best_of(sampled, count), start)})
+    for part in parts:
+        for variant in variants(part):
+            texts = evaluated(home / f"evaluate-{part}" / "samples.jsonl", variant.name)
+            seen = results[seed, f"evaluate-{part}"]["metrics"]
+            more = {name: seen[f"{variant.name}.{name}"] for name in ("win_rate", "win_rate_low", "win_rate_high")}
+            more["training_seconds"] = results[seed, variant.name]["seconds"]
+            report["policies"].append({"family": variant.family, "setting": variant.setting, **_beside(texts, start), **more})
+    report["policies"].sort(key=lambda policy: list(LABELS).index(policy["family"]))
+    for view in LONG_VIEWS:
+        if (seed, f"long-{view}") in results:
+            report["long"][view] = along(home / f"long-{view}")
+    report["reward_accuracy"] = _reward_accuracy(task, seed)
+    report["seconds"] = {name: result["seconds"] for (one, name), result in results.items() if one == seed}
     return report
 
 
-def baselines(snapshot: Path) -> dict:
+def _beside(texts: Texts, start: Texts) -> dict[str, Any]:
+    more, error = gain(texts, start)
+    return {**texts.as_json(), "gain": more, "gain_error": error, "collapse": collapse(texts, start)}
+
+
+def _reward_accuracy(task: Task, seed: int) -> tuple[float, float, float]:
+    held_out = [item for item in read_rankings(task.snapshot) if item.split == "held_out"]
+    pairs = people.majority_pairs(held_out)
+    model = Path(task.model(seed, "reward"))
+    better, worse = (score_texts(model, [(pair.meaning, getattr(pair, side)) for pair in pairs]) for side in ("better", "worse"))
+    return people.accuracy(pairs, [b - w for b, w in zip(better, worse, strict=True)])
+
+
+def baselines(snapshot: Path) -> dict[str, Any]:
     items: list[RankedPrompt] = list(read_rankings(snapshot))
     train = people.majority_pairs([item for item in items if item.split == "train"])
     held_out = people.majority_pairs([item for item in items if item.split == "held_out"])
     return {
         "held_out_pairs": len(held_out),
         "held_out_prompts": len({pair.prompt for pair in held_out}),
+        "held_out_slots": sum(len(facts(item.messages[-1]["content"])) for item in items if item.split == "held_out"),
         "tfidf": people.accuracy(held_out, people.tfidf_margins(train, held_out)),
         "coverage": people.accuracy(held_out, people.rule_margins(held_out, people.coverage)),
         "longer": people.accuracy(held_out, people.rule_margins(held_out, people.longer)),
@@ -206,52 +81,70 @@ def baselines(snapshot: Path) -> dict:
     }
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ±{np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+def frontier(seeds: Sequence[dict[str, Any]]) -> str:
+    """Reward and slots said along KL: a line for each way of training, a point for each of its settings."""
+    found: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for seed in seeds:
+        for policy in seed["policies"]:
+            found.setdefault(policy["family"], {}).setdefault(policy["setting"], []).append(policy)
+    sft = [seed["sft"] for seed in seeds]
+    panels = []
+    for key, up in (("reward", "reward (the model that PPO is paid by)"), ("slots_said", "slots said (no model saw this)")):
+        start = [(0.0, float(np.mean([one[key] for one in sft])))]
+        lines = []
+        for family, by_setting in found.items():
+            points = [[(one["kl_nats"], one[key]) for one in policies] for policies in by_setting.values()]
+            means = sorted(_mean(part) for part in points)
+            lines.append(Line(family, LABELS[family], start + means, points))
+        panels.append(Panel("KL to SFT, nats a text", up, lines))
+    return drawing(f"How far from SFT, and what for: held-out prompts, mean of {len(seeds)} seeds, each seed faint", panels)
 
 
-def table(report: dict) -> str:
-    """Markdown: means over seeds with the standard deviation between seeds."""
-    rows, given = report["seeds"], report["baselines"]
-    lines = ["| | accuracy on held-out majority pairs | 95 % interval by prompt |", "|---|---|---|"]
-    lows, highs = (np.mean([row["reward_accuracy"][place] for row in rows]) for place in (1, 2))
-    lines.append(f"| Rankloop reward model | {spread([row['reward_accuracy'][0] for row in rows])} | {lows:.3f} to {highs:.3f} |")
-    for name, label in (("tfidf", "TF-IDF Bradley-Terry"), ("coverage", "slot coverage alone"), ("longer", "longer wins")):
-        value, low, high = given[name]
-        lines.append(f"| {label} | {value:.3f} | {low:.3f} to {high:.3f} |")
-    lines += [f"| two people, pairs that neither tied | {given['two_people']:.3f} | |", ""]
-    lines += ["| policy | slots said | reward | win rate against SFT | KL to SFT, nats | words | empty |", "|---|---|---|---|---|---|---|"]
-    for name in POLICIES:
-        seen = [row["policies"][name] for row in rows]
-        columns = [spread([one[key] for one in seen]) for key in ("slots_said", "reward", "win_rate", "kl_nats", "words", "empty")]
-        lines.append(f"| {name.upper()} | " + " | ".join(columns) + " |")
-    lines.append(f"| best of 8 from SFT | {spread([row['best_of_8'] for row in rows])} | | | | | |")
-    for name in ("dpo", "ppo"):
-        gains = [row["policies"][name]["slots_said"] - row["policies"]["sft"]["slots_said"] for row in rows]
-        lines += ["", f"{name.upper()} above SFT, slots said, by seed: " + ", ".join(f"{gain:+.3f}" for gain in gains)]
-    return "\n".join(lines)
+def overoptimisation(seeds: Sequence[dict[str, Any]]) -> str:
+    """Proxy score and slots said along the KL of two long runs."""
+    panels = []
+    for key, up in (("reward", "score that the run is paid by"), ("slots_said", "slots said")):
+        lines = []
+        for view, label in LONG_LABELS.items():
+            runs = [[(one["kl_nats"], one[key]) for one in seed["long"][view]] for seed in seeds if view in seed["long"]]
+            lines.append(Line(view, label, [_mean(points) for points in zip(*runs, strict=True)], runs, joined=True))
+        panels.append(Panel("KL to SFT, nats a text", up, lines))
+    count = sum(bool(seed["long"]) for seed in seeds)
+    return drawing(f"PPO without a KL penalty: mean of {count} seeds, each seed thin", panels)
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    across, up = np.mean(points, axis=0)
+    return float(across), float(up)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=HOUSE.parent / "shared" / "data")
     parser.add_argument("--folder", type=Path, default=HOUSE / "var" / "benchmarks" / "e2e")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--long-seeds", type=int, nargs="+", default=[0, 1], help="those of --seeds that are trained too far as well")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--workers", type=int, default=2, help="stages at once, one thread each")
     parser.add_argument("--json", type=Path, help="write every number here as well")
+    parser.add_argument("--figures", type=Path, help="draw the figures into this folder")
     given = parser.parse_args()
     if not (given.data / "rankings" / "e2e_quality_k5.jsonl").exists():
         raise SystemExit(f"The human rankings are not at {given.data}: name their folder with --data.")
-    sft_file, snapshot = prepare(given.data, given.folder.resolve())
-    slots = sum(len(facts(item.messages[-1]["content"])) for item in read_rankings(snapshot) if item.split == "held_out")
-    say(f"snapshot {snapshot.parent.name[:12]}; {slots} slots in held-out rows")
-    report: dict = {"baselines": baselines(snapshot), "options": OPTIONS, "size": SIZE, "seeds": []}
-    say(json.dumps(report["baselines"]))
-    for seed in given.seeds:
-        report["seeds"].append(one_seed(given.folder.resolve(), seed, sft_file, snapshot))
-        (given.folder / "report.json").write_text(json.dumps(report, indent=1))
-        print(table(report), flush=True)
+    task = prepare(given.data, given.folder.resolve())
+    say(f"snapshot {task.snapshot.parent.name[:12]}")
+    results = perform(task, task.stages(given.parts, given.seeds, given.long_seeds), given.workers)
+    seeds = [one_seed(task, seed, given.parts, results) for seed in given.seeds]
+    report = {"settings": settings(), "baselines": baselines(task.snapshot), "seeds": seeds}
+    (given.folder / "report.json").write_text(json.dumps(report, indent=1))
+    print(table(report), flush=True)
     if given.json:
         given.json.write_text(json.dumps(report, indent=1))
+    if given.figures:
+        given.figures.mkdir(parents=True, exist_ok=True)
+        (given.figures / "e2e_frontier.svg").write_text(frontier(seeds), encoding="utf-8")
+        if any(seed["long"] for seed in seeds):
+            (given.figures / "e2e_overoptimisation.svg").write_text(overoptimisation(seeds), encoding="utf-8")
 
 
 if __name__ == "__main__":

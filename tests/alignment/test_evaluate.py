@@ -136,6 +136,16 @@ def test_the_better_policy_wins_and_the_table_shows_why(home: Path, tmp_path: Pa
     assert rows[0]["score"] == pytest.approx(scorer.score([(rows[0]["messages"], rows[0]["text"])])[0], abs=1e-5)
 
 
+def test_the_whole_table_has_every_sample_of_its_prompts(home: Path, tmp_path: Path):
+    inputs = {"model": "far", "baseline": "policy", "reward_model": "reward"}
+    run = make(tmp_path / "run", home, inputs, samples=2, table_samples=100, table_whole=True)
+    found = metrics_of(run)
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").open()]
+    assert len(rows) == 2 * found["prompts"]
+    for name, key in (("reward_policy", "score"), ("kl_k1_nats", "kl_k1_nats"), ("length_tokens_policy", "tokens")):
+        assert sum(row[key] for row in rows) / len(rows) == pytest.approx(found[name], rel=1e-5)
+
+
 def test_without_a_reward_model_there_is_no_win_rate_and_with_other_tokens_no_kl(home: Path, tmp_path: Path):
     other = make_encoder()
     other.separator = " : "
