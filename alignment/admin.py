@@ -13,7 +13,7 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 
-from alignment.follow import alarms_of, rollbacks_of
+from alignment.follow import alarms_of, noted, rollbacks_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration
 from alignment.samples import read_samples
@@ -155,7 +155,9 @@ class JobAdmin(ReadOnly):
 
 
 def _seen(job: Job) -> dict[str, Any]:
-    return {"alarms": alarms_of(events_of(job=job))[:5]}
+    events = events_of(job=job)
+    alarms = alarms_of(events)
+    return {"alarms": alarms[:5], "more_alarms": len(alarms[5:]), "noted": noted(events)}
 
 
 class JobInline(TabularInline):

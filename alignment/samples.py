@@ -89,6 +89,21 @@ def _parsed(lines: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def text_shown(text: Any) -> str:
+    """What a policy wrote, also where it wrote nothing."""
+    return str(text) if str(text or "").strip() else "(empty)"
+
+
+def of_rejection(sample: dict[str, Any]) -> dict[str, str]:
+    """What rejection sampling did with it, as a name and its value: accepted, or taken because too few of its prompt's candidates were."""
+    told = sample.get("rejection")
+    if not isinstance(told, dict):
+        return {}
+    acceptance = told.get("acceptance")
+    numbers = f"(acceptance {acceptance:.2g})" if isinstance(acceptance, int | float) else ""
+    return {"accepted" if told.get("accepted") else "filled up": numbers}
+
+
 # Marks that turn the direction of writing: with them a text can be shown as what it is not.
 TURNING = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from alignment.curves import figures_of, shown
 from alignment.models import Job
 from alignment.progress import duration
-from alignment.samples import printable
+from alignment.samples import of_rejection, printable, text_shown
 
 
 def as_text(table: Table, width: int = 120) -> str:
@@ -28,14 +28,15 @@ def sample_lines(sample: dict[str, Any]) -> list[str]:
     facts += [f"score {shown(score)}"] if isinstance(score, int | float) else []
     facts += [f"KL {shown(sample[f'kl_{name}_nats'])} nats ({name})" for name in ("k1", "k3") if sample.get(f"kl_{name}_nats") is not None]
     facts += [f"{sample['tokens']} tokens"] if "tokens" in sample else []
+    facts += [f"{name} {value}".rstrip() for name, value in of_rejection(sample).items()]
     facts += ["cut at the length limit"] if sample.get("finished") is False else []
     facts += [f"{name.replace('_', ' ')} {value}" for name, value in sample.items() if name not in known and isinstance(value, str | int)]
     lines = [printable(f"{sample.get('key', '')}  {', '.join(facts)}").strip().replace("\n", " ")]
     for message in sample.get("messages") or []:
         lines += _told(str(message.get("role", "")), str(message.get("content", "")))
-    lines += _told("output", str(sample.get("text", "")))
+    lines += _told("output", text_shown(sample.get("text")))
     if sample.get("baseline_text") is not None:
-        lines += _told("output of its starting point", str(sample["baseline_text"]))
+        lines += _told("output of its starting point", text_shown(sample["baseline_text"]))
     return [*lines, ""]
 
 

@@ -157,6 +157,41 @@ def test_the_pages_show_alarms_apart_from_warnings(job: Job, staff: Client):
     assert "1 warning, the newest first" in staff.get("/runs/ppo/").content.decode()
 
 
+def test_alarms_are_counted_apart_from_warnings_and_what_is_cut_is_counted(job: Job, staff: Client, capsys):
+    run = RunDirectory.open(job.folder)
+    console = f"/admin/alignment/job/{job.pk}/live/"
+    for address in ("/runs/ppo/", console):
+        assert "1 alarm, 1 warning" in staff.get(address).content.decode()
+    assert "1 alarm, 1 warning" in shown("ppo", capsys=capsys)
+    assert "the run goes on" in staff.get("/runs/ppo/").content.decode()
+    for step in range(11, 33):
+        run.event("alarm", step=step, **ALARM)
+        run.event("warning", text=f"warning {step}")
+    page = staff.get("/runs/ppo/").content.decode()
+    assert "23 alarms, 23 warnings" in page
+    assert "and 3 more alarms" in page
+    assert "<li>and 3 more</li>" in page
+    assert "and 18 more alarms" in staff.get(console).content.decode()
+    told = shown("ppo", capsys=capsys)
+    assert "18 more alarms before these" in told
+    assert "18 more warnings before these" in told
+    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory"))
+    page = staff.get("/runs/ppo/").content.decode()
+    assert "the run went on" in page
+    assert "the run goes on" not in page
+
+
+def test_what_rejection_did_is_told_in_words_and_an_empty_text_as_such(job: Job, staff: Client, capsys):
+    rows = [{**sample(0, n, text), "rejection": {"accepted": n == 0, "acceptance": 0.123456}} for n, text in enumerate(("yes", " "))]
+    write_samples(job.folder, rows)
+    page, told = staff.get("/runs/ppo/").content.decode(), shown("ppo", "--samples", capsys=capsys)
+    for text in (page, told):
+        assert "accepted (acceptance 0.12)" in text
+        assert "filled up (acceptance 0.12)" in text
+        assert "(empty)" in text
+    assert "0.123456" not in page
+
+
 def test_the_console_shows_the_samples_of_the_newest_evaluation(job: Job, staff: Client):
     page = staff.get(f"/admin/alignment/job/{job.pk}/change/").content.decode()
     for part in ("answer 0 at 20", "question 0", "score 0.000", "KL 1.250 nats", "/runs/ppo/?step=10#samples"):

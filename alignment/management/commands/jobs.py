@@ -2,12 +2,13 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from alignment.follow import alarms_of, rollbacks_of
+from alignment.follow import alarms_of, noted, rollbacks_of
 from alignment.ledgers import ledger_of
 from alignment.management.commands.align import EXIT_CODES, HelpFormatter
 from alignment.methods import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_STOPPED
@@ -102,20 +103,23 @@ class Command(BaseCommand):
         if given["json"]:
             self._json(job_summary(job))
             return 0
-        lines = [f"{job.name}  {job.get_method_display()}  {job.state}", *self._facts(job)]
+        events = events_of(job=job)
+        lines = [f"{job.name}  {job.get_method_display()}  {job.state}", *self._facts(job, noted(events))]
         lines += [
             "options: " + (json.dumps(job.options) if job.options else "all defaults"),
             f"seed {job.seed}, {job.processes} process(es)",
         ]
         lines += figure_lines(job.metrics)
-        events = events_of(job=job)
         for entry in ledger_of(counts_in(events)):
             which = f"  first: {', '.join(entry.keys[:NAMED_KEYS])}" if entry.keys else ""
             lines.append(f"  {entry.name}: {entry.counts[0]:,} for training, {entry.counts[1]:,} held out{which}")
-        for alarm in alarms_of(events)[:NAMED_WARNINGS][::-1]:
+        alarms = alarms_of(events)
+        lines += _more(alarms, "alarm")
+        for alarm in alarms[:NAMED_WARNINGS][::-1]:
             where = f"alarm at step {alarm['step']}, {alarm['name']} ({alarm.get('action')})"
             lines.append(printable(f"{where}: {alarm.get('seen')} {alarm.get('remedy')}"))
         told = [event.get("text", "") for event in events if event.get("kind") == "warning"]
+        lines += _more(told, "warning")
         lines += [f"warning: {printable(text)}" for text in told[-NAMED_WARNINGS:]]
         if disputed_of(job=job, limit=1):
             lines.append(f"what to label next, most disputed first: {job.folder / DISPUTED_FILE}")
@@ -151,8 +155,8 @@ class Command(BaseCommand):
         self.stdout.write("\n".join(lines).rstrip())
         return 0
 
-    def _facts(self, job: Job) -> list[str]:
-        lines = [text for text in (facts(job),) if text]
+    def _facts(self, job: Job, told: str) -> list[str]:
+        lines = [text for text in (facts(job, noted=told),) if text]
         if job.error:
             lines.append(printable(f"error: {job.error} {job.remedy}".rstrip()))
         if job.is_active and job.worker:
@@ -202,6 +206,12 @@ class Command(BaseCommand):
 
     def _json(self, value: Any) -> None:
         self.stdout.write(json.dumps(value, indent=2, default=str))  # ASCII alone, as above
+
+
+def _more(told: Sequence[Any], what: str) -> list[str]:
+    """Before the newest ones: how many came earlier."""
+    earlier = len(told) - NAMED_WARNINGS
+    return [f"{earlier:,} more {what}{'s' if earlier > 1 else ''} before these"] if earlier > 0 else []
 
 
 def _exit_of(jobs: list[Job]) -> int:
