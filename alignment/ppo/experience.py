@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignment.ppo.advantages import episode_rewards, masked_mean, whiten
 from alignment.ppo.estimators import ESTIMATORS
-from alignment.ppo.losses import kl_k1, kl_k3
+from alignment.ppo.losses import kl_k1, kl_k2, kl_k3
 from alignment.ppo.options import PPOOptions
 from alignment.rollout.sampling import Sample
 from training.pack import Row
@@ -97,7 +97,7 @@ def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) 
 
 
 def experience_metrics(experience: Experience, spread_weight: float) -> dict[str, float]:
-    """`reward` (mean of the scores), `reward_spread` (their mean spread over the reward model's members; 0 for one), `kl_k1_nats` and
+    """`reward` (mean of the scores), `reward_spread` (their mean spread over the reward model's members; 0 for one), `kl_k1_nats`, `kl_k2_nats` and
     `kl_k3_nats` (of whole completions), `entropy_nats` (a token; where the engine tells it), `length_tokens`, `unfinished_share`; of an
     ensemble, whatever view pays,
     `reward_mean` (of its members) and `reward_pessimistic` (that minus spread_weight x spread)."""
@@ -114,6 +114,7 @@ def experience_metrics(experience: Experience, spread_weight: float) -> dict[str
         "reward_spread": float(experience.spreads.double().mean()),
         **members,
         "kl_k1_nats": float(kl_k1(logps, reference_logps).double().sum(1).mean()),
+        "kl_k2_nats": float(kl_k2(logps, reference_logps).double().sum(1).mean()),
         "kl_k3_nats": float(kl_k3(logps, reference_logps).double().sum(1).mean()),
         **entropy,
         "length_tokens": float(mask.sum(1).double().mean()),
