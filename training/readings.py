@@ -37,9 +37,9 @@ class Reading:
     """One forward pass. Shapes: C copies, S places, B rows, N completion tokens of all rows.
 
     `rows`: numbers of the B rows among those that were given;  `states` (C, S, H): the backbone's last hidden states (or the model's
-    logits,
-    for a model whose head does not stand alone);  `before` (N,): the place whose state predicts each completion token;  `ends` (B,): the
-    place of each row's last token;  `targets` (N,): the completion tokens;  `owner` (N,): the row of each, 0..B-1, in order.
+    logits, for a model whose head does not stand alone);  `before` (N,): the place whose state predicts each completion token;
+    `ends` (B,): the place of each row's last token;  `targets` (N,): the completion tokens;  `owner` (N,): the row of each, 0..B-1, in
+    order.
     """
 
     rows: tuple[int, ...]

@@ -98,10 +98,9 @@ def targets(experience: Experience, options: PPOOptions, kl_coefficient: float) 
 
 def experience_metrics(experience: Experience, spread_weight: float) -> dict[str, float]:
     """`reward` (mean of the scores), `reward_spread` (their mean spread over the reward model's members; 0 for one), `kl_k1_nats`,
-    `kl_k2_nats` and
-    `kl_k3_nats` (of whole completions), `entropy_nats` (a token; where the engine tells it), `length_tokens`, `unfinished_share`; of an
-    ensemble, whatever view pays,
-    `reward_mean` (of its members) and `reward_pessimistic` (that minus spread_weight x spread)."""
+    `kl_k2_nats` and `kl_k3_nats` (of whole completions), `entropy_nats` (a token; where the engine tells it), `length_tokens`,
+    `unfinished_share`; of an ensemble, whatever view pays, `reward_mean` (of its members) and `reward_pessimistic` (that minus
+    spread_weight x spread)."""
     members = {}
     if bool((experience.spreads > 0).any()):
         pessimistic = experience.means.double() - spread_weight * experience.spreads.double()

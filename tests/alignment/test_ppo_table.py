@@ -1,9 +1,8 @@
 """Where training ends, known in closed form: a policy that is a table of logits, and the trainer's own sampling, advantages and losses.
 
 The optimum of reward - beta KL(policy || reference) is pi_ref exp(r / beta) / Z. Tolerance: there every completion has the same total,
-reward
-minus KL penalty, so the noise of sampling vanishes and only the distance still to go is left. .01 in total variation is far more than the
-last steps move (1e-4 was measured with GAE), and the start is .7 away.
+reward minus KL penalty, so the noise of sampling vanishes and only the distance still to go is left. .01 in total variation is far more
+than the last steps move (1e-4 was measured with GAE), and the start is .7 away.
 """
 
 import pytest
