@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.prompts import EncodedPrompt
-from alignment.rollout.engines import BuiltIn, Engine
+from alignment.rollout.engines import BuiltIn
+from alignment.rollout.interface import Engine
 from alignment.rollout.sampling import Sample, Sampling
 from training.encode import Encoder
 from training.errors import Stopped

@@ -12,7 +12,8 @@ from alignment.answers import Policy, answers_in_blocks, distinct_share, stream_
 from alignment.candidates import Judge, Kept
 from alignment.options import GenerateOptions
 from alignment.prompts import check_room, choose_split, encode_prompts, prompt_rows
-from alignment.rollout.engines import Place, engine_of
+from alignment.rollout.engines import engine_of
+from alignment.rollout.interface import Place
 from alignment.rollout.sampling import Sampling
 from alignment.selection import best_of_n_kl_bound, rejection_kl_bound
 from training.encode import Encoder

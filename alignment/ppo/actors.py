@@ -13,7 +13,8 @@ from alignment.ppo.options import PPOOptions
 from alignment.ppo.shared import Shared, load_slots, why_not_shared
 from alignment.ppo.voices import Judged, Manner, Separate, Voices
 from alignment.rollout.built_in import batches
-from alignment.rollout.engines import Engine, Place, engine_of
+from alignment.rollout.engines import engine_of
+from alignment.rollout.interface import Engine, Place
 from alignment.rollout.sampling import Sample, Sampling
 from rewardmodel.ensemble import views
 from rewardmodel.network import load_value_model

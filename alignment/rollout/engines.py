@@ -6,16 +6,13 @@ not the trainer's own, it says so (`exact`), and the trainer corrects for it (`a
 """
 
 import importlib.util
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from alignment.rollout.built_in import batches, sample_completions
+from alignment.rollout.interface import Engine, Place, checked_sample, stream_seed
 from alignment.rollout.sampling import Sample, Sampling
 from training.encode import Encoder
 from training.errors import InputError, TrainingFailed
@@ -25,35 +22,6 @@ from training.processes import Processes
 
 # Tokens in a page of the continuous cache: small, because completions here are short.
 PAGE_TOKENS = 32
-
-
-class Engine(Protocol):
-    """`exact`: whether its log-probabilities are those that the trainer itself would compute, but for rounding."""
-
-    exact: bool
-
-    def refresh(self, model: Any) -> None:
-        """Write with the weights that `model` has now: before the first completions, and whenever they have changed."""
-
-    def sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, samples: int = 1, streams: Sequence[int] | None = None
-    ) -> list[Sample]:
-        """`samples` completions of each prompt, in the order of the prompts; arguments as in `built_in.sample_completions`."""
-
-    def close(self) -> None:
-        """Let go of what it holds. Nothing may be asked of it afterwards."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an engine works. `model`: the folder or name that training starts from;  `scratch`: a folder for weights on their way, which
-    a server must see under the same path;  `url`: of a server."""
-
-    model: str
-    encoder: Encoder
-    processes: Processes
-    scratch: Path
-    url: str = ""
 
 
 def engine_of(name: str, place: Place) -> Engine:
@@ -77,16 +45,6 @@ def engine_of(name: str, place: Place) -> Engine:
     if name == "vllm_server":
         return Server(place)
     raise InputError(f"There is no engine {name}.", remedy="Use built_in, continuous, vllm or vllm_server.")
-
-
-def unknown_entropies(length: int) -> torch.Tensor:
-    """Engines that do not tell entropies give NaN, which no mean takes for a number."""
-    return torch.full((length,), math.nan)
-
-
-def stream_seed(sampling: Sampling, stream: int) -> int:
-    """A seed below 2^31 for one prompt of one step: it depends on (seed, step, stream) alone."""
-    return int(np.random.SeedSequence([sampling.seed, sampling.step, stream]).generate_state(1)[0]) >> 1
 
 
 class BuiltIn:
@@ -196,24 +154,3 @@ class Continuous:
 
     def close(self) -> None:
         self.model = None
-
-
-def checked_sample(number: int, prompt: Sequence[int], ids: list[int], logps: Sequence[float], stop_ids: Any) -> Sample:
-    """A Sample of what another engine answered.
-
-    Raises:  TrainingFailed if that is not a completion with a finite log-probability for each token.
-    """
-    values = torch.tensor([math.nan if value is None else float(value) for value in logps], dtype=torch.float32)
-    if not ids or len(ids) != len(values) or not bool(values.isfinite().all()):
-        raise TrainingFailed(
-            f"The engine answered {len(ids)} tokens with {int(values.isfinite().sum())} finite log-probabilities.",
-            remedy="Set engine = 'built_in', or look at the engine's own log.",
-        )
-    return Sample(
-        sample=number,
-        prompt_ids=prompt,
-        completion_ids=ids,
-        logps=values,
-        entropies=unknown_entropies(len(ids)),
-        finished=ids[-1] in stop_ids,
-    )

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
 
-from alignment.rollout.engines import Place, checked_sample, stream_seed
+from alignment.rollout.interface import Place, checked_sample, stream_seed
 from alignment.rollout.names import KEY, checked_url
 from alignment.rollout.sampling import Sample, Sampling
 from training.errors import InputError, TrainingFailed

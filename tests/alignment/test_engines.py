@@ -13,7 +13,8 @@ import torch
 from alignment import generate
 from alignment.options import GenerateOptions
 from alignment.ppo import train as ppo
-from alignment.rollout.engines import BuiltIn, Continuous, Engine, Place, engine_of
+from alignment.rollout.engines import BuiltIn, Continuous, engine_of
+from alignment.rollout.interface import Engine, Place
 from alignment.rollout.names import checked_url
 from alignment.rollout.sampling import Sample, Sampling
 from alignment.rollout.vllm import Server
