@@ -56,7 +56,7 @@ test: $(VENV)/.dev chromium  ## every test, on SQLite and, where they answer, on
 	@if $(BIN)/python -c 'import psycopg, sys; psycopg.connect("$(PG_URL)", connect_timeout=3)' 2>/dev/null \
 	  && $(BIN)/python -c 'import redis; redis.Redis.from_url("$(TEST_REDIS_URL)", socket_connect_timeout=3).ping()' 2>/dev/null; then \
 	  echo "Once more on PostgreSQL and Redis"; \
-	  DATABASE_URL=$(PG_URL) REDIS_URL=$(TEST_REDIS_URL) $(BIN)/python -m pytest tests/annotation tests/alignment tests/browser -m "not training"; \
+	  DATABASE_URL=$(PG_URL) REDIS_URL=$(TEST_REDIS_URL) $(BIN)/python -m pytest tests -m "database and not training"; \
 	else echo "PostgreSQL or Redis does not answer: tested on SQLite alone (set PG_URL and TEST_REDIS_URL)"; \
 	  test -z "$(REQUIRE_SERVICES)"; fi
 

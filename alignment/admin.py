@@ -6,14 +6,14 @@ from typing import Any
 from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import redirect, render
+from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.urls import URLPattern, path, reverse
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 
-from alignment.follow import alarms_of
+from alignment.follow import alarms_of, noted, rollbacks_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration
 from alignment.samples import read_samples
@@ -84,13 +84,13 @@ class JobAdmin(ReadOnly):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         job = self.get_object(request, object_id)
-        shown = _seen(job) | {"written": read_samples(job.folder, limit=8)} if job else {}
+        shown = _seen(job) | {"written": read_samples(job.folder, limit=8, rollbacks=rollbacks_of(events_of(job=job)))} if job else {}
         return super().change_view(request, object_id, form_url, {**(extra_context or {}), "job": job, **shown})
 
     def live(self, request: HttpRequest, object_id: int) -> HttpResponse:
         if not self.has_view_permission(request):
             return HttpResponse(status=403)
-        job = Job.objects.get(pk=object_id)
+        job = get_object_or_404(Job, pk=object_id)
         return render(request, "alignment/_admin_progress.html", {"job": job, **_seen(job)})
 
     # -- columns
@@ -155,7 +155,9 @@ class JobAdmin(ReadOnly):
 
 
 def _seen(job: Job) -> dict[str, Any]:
-    return {"alarms": alarms_of(events_of(job=job))[:5]}
+    events = events_of(job=job)
+    alarms = alarms_of(events)
+    return {"alarms": alarms[:5], "more_alarms": len(alarms[5:]), "noted": noted(events)}
 
 
 class JobInline(TabularInline):

@@ -1,6 +1,6 @@
 """Turns the events of a run into the progress of its job row. Pure, apart from reading the run directory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Warnings are counted in the row and kept in full in events.jsonl.
@@ -43,6 +43,24 @@ def alarms_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         elif event.get("kind") == "alarm":
             found.append({**event, "step": int(event.get("step") or 0), "name": str(event.get("name", "alarm")).replace("_", " ")})
     return found[::-1]
+
+
+def noted(events: Sequence[dict[str, Any]]) -> str:
+    """`2 alarms, 1 warning`; "" of neither."""
+    counts = {"alarm": len(alarms_of(events)), "warning": sum(event.get("kind") == "warning" for event in events)}
+    return ", ".join(f"{count:,} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count)
+
+
+def rollbacks_of(events: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
+    """(step, to_step) of each rollback, the oldest first: what was evaluated after `to_step` and up to `step` is of a policy that was given
+    up. A resumed run says again what it said of later steps, as with alarms."""
+    found: list[tuple[int, int]] = []
+    for event in events:
+        if event.get("kind") == "resume":
+            found = [back for back in found if back[0] <= int(event.get("step") or 0)]
+        elif event.get("kind") == "rollback":
+            found.append((int(event.get("step") or 0), int(event.get("to_step") or 0)))
+    return found
 
 
 def _step(event: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from alignment.models import Job
+from alignment.samples import printable
 
 PLAIN_SECONDS = 10.0  # between two lines of one job
 
@@ -24,8 +25,10 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def facts(job: Job) -> str:
-    """What a running job says of itself: `step 40 of 100, loss 0.612, 5,300 tokens/s, 12 s left`."""
+def facts(job: Job, *, noted: str = "") -> str:
+    """What a running job says of itself: `step 40 of 100, loss 0.612, 5,300 tokens/s, 12 s left`.
+
+    Args:  noted: its alarms and warnings, where somebody has read its events; the row counts both as warnings."""
     parts = [f"step {job.step:,} of {job.steps:,}"] if job.steps else []
     if job.loss is not None:
         parts.append(f"loss {job.loss:.4g}")
@@ -33,8 +36,8 @@ def facts(job: Job) -> str:
         parts.append(f"{job.tokens_per_second:,.0f} tokens/s")
     if job.state == Job.State.RUNNING and job.eta_seconds is not None:
         parts.append(f"{duration(job.eta_seconds)} left")
-    if job.warnings:
-        parts.append(f"{job.warnings} warning{'s' if job.warnings > 1 else ''}")
+    if noted or job.warnings:
+        parts.append(noted or f"{job.warnings} warning{'s' if job.warnings > 1 else ''}")
     return ", ".join(parts)
 
 
@@ -72,7 +75,7 @@ class Display:
                 self._line(job)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def _bar(self, bars: Progress, job: Job) -> None:
         if job.pk not in self._tasks:

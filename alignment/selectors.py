@@ -13,18 +13,19 @@ from django.db.models import Count, F, QuerySet
 
 from alignment.child import child_command, gpu_count
 from alignment.curves import charts_of, figures_of, shown
-from alignment.follow import alarms_of
+from alignment.follow import alarms_of, noted, rollbacks_of
 from alignment.knowledge import knowledge_of, told_elsewhere
 from alignment.ledgers import ledger_of
 from alignment.models import Job, ModelParent, Round, TrainedModel
 from alignment.progress import duration, facts
-from alignment.samples import Written, read_samples
+from alignment.samples import Written, of_rejection, read_samples, text_shown
 from annotation.errors import Refused
 from annotation.models import Completion
 from training.errors import InputError
 from training.rundir import RunDirectory
 
 FEW_SAMPLES, ALL_SAMPLES = 8, 1000  # on a page
+MOST_NOTED = 20  # alarms, and warnings
 NEWEST_STEPS = 12  # evaluations that a page offers at once; the others are folded away
 SMALL_PRINT = {"kl_k1_nats": "KL in nats (k1)", "kl_k3_nats": "KL in nats (k3)"}
 DISPUTED_FILE = "prompts_by_disagreement.jsonl"
@@ -210,8 +211,10 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
 
     Args:    step: of the evaluation whose samples are shown; None: the newest one."""
     events = events_of(job=job)
-    written = read_samples(job.folder, limit=ALL_SAMPLES if all_samples else FEW_SAMPLES, step=step)
-    charts = charts_of(events)
+    limit = ALL_SAMPLES if all_samples else FEW_SAMPLES
+    written = read_samples(job.folder, limit=limit, step=step, rollbacks=rollbacks_of(events))
+    charts, alarms = charts_of(events), alarms_of(events)
+    warnings = [event for event in events if event.get("kind") == "warning"][::-1]
     models = {model.name: model for model in TrainedModel.objects.filter(name__in=_names(job))}
     knowledge = knowledge_of(job.folder / "model") if job.method == Job.Method.REWARD else None
     return {
@@ -223,20 +226,24 @@ def run_page(*, job: Job, step: int | None = None, all_samples: bool = False) ->
         "charts": [chart for chart in charts if chart.known],
         "more_charts": [chart for chart in charts if not chart.known],
         "notes": [event for event in events if event.get("kind") not in ("step", "evaluation", "part")][-40:][::-1],
-        "alarms": alarms_of(events)[:20],
-        "warned": sum(event.get("kind") == "warning" for event in events),
-        "warnings": [event for event in events if event.get("kind") == "warning"][-20:][::-1],
+        "alarms": alarms[:MOST_NOTED],
+        "more_alarms": len(alarms[MOST_NOTED:]),
+        "warned": len(warnings),
+        "warnings": warnings[:MOST_NOTED],
+        "more_warnings": len(warnings[MOST_NOTED:]),
         "ledger": ledger_of(counts_in(events)),
         "knowledge": knowledge,
         "figures": figures_of(told_elsewhere(job.metrics) if knowledge else job.metrics),
         **_samples_shown(written, asked=step, all_samples=all_samples),
         "disputed": disputed_of(job=job, limit=10) if job.method == Job.Method.GENERATE else [],
-        "facts": facts(job),
+        "facts": facts(job, noted=noted(events)),
         "percent": round(100 * job.share_done),
         "eta": duration(job.eta_seconds) if job.state == Job.State.RUNNING else "",
         "command": run_command(job=job),
         "again": align_command(job=job),
         "can": _changes_possible(job),
+        # Resumed as it is, it stops again: then that is not what the page offers first.
+        "guards_stopped_it": job.state == Job.State.FAILED and bool(alarms) and alarms[0].get("action") == "stop",
     }
 
 
@@ -246,6 +253,8 @@ def _samples_shown(written: Written, *, asked: int | None, all_samples: bool) ->
         "samples": [_sample_shown(sample) for sample in written.rows],
         "written": written,
         "asked_step": asked,
+        "all_samples": all_samples,
+        "most_samples": ALL_SAMPLES,
         "newest_steps": written.steps[:NEWEST_STEPS],
         "older_steps": written.steps[NEWEST_STEPS:],
         "query": urlencode(chosen | ({"all": 1} if all_samples else {})),
@@ -255,15 +264,15 @@ def _samples_shown(written: Written, *, asked: int | None, all_samples: bool) ->
 def _sample_shown(sample: dict[str, Any]) -> dict[str, Any]:
     """A written text with its question, the text that it is compared with, and the rest as small print."""
     messages = sample.get("messages") or []
-    known = ("messages", "text", "baseline_text", "sampling", "score", "member_scores")
+    known = ("messages", "text", "baseline_text", "sampling", "score", "member_scores", "rejection")
     rest = {name: value for name, value in sample.items() if name not in known}
     score = sample.get("score")
     scores = {f"score {name}": value for name, value in score.items()} if isinstance(score, dict) else {"score": score}
-    rest = {name: value for name, value in (scores | rest).items() if value is not None}
+    rest = {name: value for name, value in (scores | of_rejection(sample) | rest).items() if value is not None}
     return {
         "question": messages[-1].get("content", "") if messages else "",
-        "text": sample.get("text", ""),
-        "baseline": sample.get("baseline_text"),
+        "text": text_shown(sample.get("text")),
+        "baseline": None if sample.get("baseline_text") is None else text_shown(sample["baseline_text"]),
         "small": {SMALL_PRINT.get(name, name): shown(value) if isinstance(value, float) else value for name, value in rest.items()},
     }
 

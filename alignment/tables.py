@@ -1,38 +1,23 @@
 """Tables for terminals."""
 
 import io
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from alignment.curves import figures_of, shown
 from alignment.models import Job
 from alignment.progress import duration
+from alignment.samples import of_rejection, printable, text_shown
 
 
 def as_text(table: Table, width: int = 120) -> str:
     stream = io.StringIO()
     Console(file=stream, width=width, highlight=False).print(table)
     return stream.getvalue().rstrip()
-
-
-# Marks that turn the direction of writing: with them a text can be shown as what it is not.
-TURNING = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
-
-
-def printable(text: str) -> str:
-    """Untrusted text for a terminal: what could move the cursor, colour, hide or command is shown as its code; line ends and tabs stay."""
-    return "".join(
-        char if char in "\n\t" or (unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") and char not in TURNING) else _code(char)
-        for char in text
-    )
-
-
-def _code(char: str) -> str:
-    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
 
 
 def sample_lines(sample: dict[str, Any]) -> list[str]:
@@ -43,14 +28,15 @@ def sample_lines(sample: dict[str, Any]) -> list[str]:
     facts += [f"score {shown(score)}"] if isinstance(score, int | float) else []
     facts += [f"KL {shown(sample[f'kl_{name}_nats'])} nats ({name})" for name in ("k1", "k3") if sample.get(f"kl_{name}_nats") is not None]
     facts += [f"{sample['tokens']} tokens"] if "tokens" in sample else []
+    facts += [f"{name} {value}".rstrip() for name, value in of_rejection(sample).items()]
     facts += ["cut at the length limit"] if sample.get("finished") is False else []
     facts += [f"{name.replace('_', ' ')} {value}" for name, value in sample.items() if name not in known and isinstance(value, str | int)]
     lines = [printable(f"{sample.get('key', '')}  {', '.join(facts)}").strip().replace("\n", " ")]
     for message in sample.get("messages") or []:
         lines += _told(str(message.get("role", "")), str(message.get("content", "")))
-    lines += _told("output", str(sample.get("text", "")))
+    lines += _told("output", text_shown(sample.get("text")))
     if sample.get("baseline_text") is not None:
-        lines += _told("output of its starting point", str(sample["baseline_text"]))
+        lines += _told("output of its starting point", text_shown(sample["baseline_text"]))
     return [*lines, ""]
 
 
@@ -81,7 +67,7 @@ def jobs_table(jobs: Sequence[Job]) -> str:
         loss = "" if job.loss is None else f"{job.loss:.4g}"
         left = duration(job.eta_seconds) if job.state == Job.State.RUNNING else ""
         note = job.error or (f"{job.warnings} warnings" if job.warnings else "")
-        table.add_row(job.name, job.method, job.state, steps, loss, left, note[:60])
+        table.add_row(job.name, job.method, job.state, steps, loss, left, escape(printable(note).replace("\n", " ")[:60]))
     return as_text(table)
 
 
@@ -103,7 +89,7 @@ def round_table(summary: dict[str, Any]) -> str:
     if evaluated:
         lines.append(_policies(evaluated))
     else:
-        lines += [f"  {job['name']:<40} {job['state']}  {job['error']}".rstrip() for job in summary["jobs"]]
+        lines += [f"  {job['name']:<40} {job['state']}  {printable(job['error'])}".rstrip() for job in summary["jobs"]]
     if summary["reward_model"]:
         lines.append("reward model on held-out prompts: " + _reward_model(summary["reward_model"]))
     if summary["home_at"]:

@@ -24,6 +24,7 @@ from alignment.child import Child, RunBusy, end_leftovers, gpu_count, start_chil
 from alignment.follow import numbers, progress_of
 from alignment.methods import CHILD_BAD_INPUT, CHILD_STOPPED
 from alignment.models import Job
+from alignment.samples import printable
 from alignment.selectors import inputs_resolved, jobs_lost_for_good
 from alignment.services.claims import job_claim, job_fail, job_finish, job_heartbeat, job_return, job_stop
 from alignment.services.lineage import folder_digest
@@ -72,7 +73,8 @@ class Worker:
     """`run()` works until told to stop; `turn()` is one turn, for callers that have a loop of their own."""
 
     def __init__(self, options: WorkerSettings, *, announce: Callable[[str], None] = logger.info) -> None:
-        self.options, self.announce = options, announce
+        self.options = options
+        self.announce = lambda text: announce(printable(text))  # errors quote logs and servers
         self.name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(3)}"
         self.held: list[Held] = []
         self.leaving = False

@@ -6,8 +6,8 @@ TRL's own trainer does its own work; what is timed is timed from outside, around
 of the value model, as its examples do; `trl-lora` puts adapters on both, the policy's by its own `peft_config`, and has no second copy for
 the reference. TRL knows no samples per prompt: a prompt stands in its dataset once for each. Nothing is logged to anybody, nothing saved.
 
-`per_device_train_batch_size` is all episodes of a step and `num_mini_batches` cuts them: with gradient accumulation instead, TRL 1.12
-makes one optimiser step where it is told to make four.
+`per_device_train_batch_size` is all episodes of a step and `num_mini_batches` cuts them: with gradient accumulation, which would need less
+memory, TRL 1.12 makes one optimiser step where it is told to make four (it counts micro-batches of the whole step, not of a minibatch).
 """
 
 import json

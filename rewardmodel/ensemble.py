@@ -35,7 +35,8 @@ class Views:
 
 def views(scores: Tensor) -> Views:
     """Args: scores (N, M) float32, each member normalised by itself."""
-    return Views(scores.mean(-1), scores.std(-1, correction=0), scores.amin(-1))
+    spread = scores.std(-1, correction=0) if len(scores) else scores.mean(-1)  # of no completion torch would warn
+    return Views(scores.mean(-1), spread, scores.amin(-1))
 
 
 def bootstrap_weights(prompts: Sequence[str], members: int, *, seed: int) -> Tensor:

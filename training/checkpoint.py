@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,24 @@ def read_checkpoint(folder: Path) -> tuple[int, State]:
 
 def restore_newest(root: Path, warn: Callable[[str], None]) -> tuple[int, State] | None:
     """The newest checkpoint whose digests hold; each one that fails is told to `warn` and passed over. None if there is none."""
+    _finish_replacing(root)
     for folder in reversed(checkpoint_folders(root)):
         try:
             return read_checkpoint(folder)
         except ValueError as error:
             warn(f"checkpoint passed over: {error}")
     return None
+
+
+def _finish_replacing(root: Path) -> None:
+    """A kill between the two renames of `replace_folder` leaves a checkpoint under neither name: the new one takes its place, or the
+    old."""
+    for suffix in ("new", "old"):
+        for beside in root.glob(f".step-*.{suffix}"):
+            final = beside.with_name(beside.name.removeprefix(".").removesuffix(f".{suffix}"))
+            if (beside / "manifest.json").is_file() and not final.exists():
+                with suppress(OSError):  # another process of the run was first
+                    beside.rename(final)
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:

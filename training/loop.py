@@ -80,7 +80,8 @@ def train(training: Training, *, batch: float) -> dict[str, float]:
     objective.budget = options.tokens_per_micro_batch
     loop = Loop(training, optimiser, Gradients(training.model, objective, processes, optimiser, run), Progress(run, processes, steps=steps))
     first = loop.resume()
-    run.event("start", steps=steps, processes=processes.world, device=str(processes.device), dtype=processes.dtype, first_step=first)
+    where = {"processes": processes.world, "device": str(processes.device), "dtype": processes.dtype, "sharding": processes.sharding}
+    run.event("start", steps=steps, **where, first_step=first)
     with gathered(training.model):
         reason = unpacked_reason(unwrap(training.model).base_model)
     if reason:

@@ -53,4 +53,6 @@ def plain_weight(layer: Any) -> Tensor:
         return layer.weight
     from peft.utils.integrations import dequantize_module_weight
 
+    # On some CPUs bitsandbytes repacks 4-bit weights at the first pass; asking for the state puts them back in the order that is
+    # dequantised. yer.state_dict()
     return dequantize_module_weight(layer).float()

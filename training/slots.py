@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from training.language_model import Lora
 
 BARE = ""  # the slot of no adapter
 WEIGHTS = "adapter_model.safetensors"
+MERGED_ROWS = 192  # from so many rows on one product with the sum of weights is faster than two more products with small matrices
 
 
 class Switch:
@@ -54,9 +56,12 @@ class SlotLora(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(C x B, ..., in) -> (C x B, ..., out), block c of the rows by the c-th slot that speaks."""
-        plain = self.layer(states)
         slots = self.switch.slots
         here = [slot for slot in slots if slot in self.scales]
+        if self._worth_merging(states):
+            layer: Any = self.layer
+            return MergedLora.apply(states, layer.weight, layer.bias, self.lora_a[slots[0]], self.lora_b[slots[0]], self.scales[slots[0]])
+        plain = self.layer(states)
         if not here:
             return plain
         inputs = states.reshape(len(slots), -1, states.shape[-1])
@@ -69,6 +74,25 @@ class SlotLora(nn.Module):
             return torch.baddbmm(outputs, torch.bmm(inputs, a), b, alpha=self.scales[slots[0]]).view_as(plain)
         parts = [self._one(slot, inputs[place], outputs[place]) for place, slot in enumerate(slots)]
         return torch.stack(parts).view_as(plain)
+
+    @property
+    def merges(self) -> bool:
+        """Whether one slot speaks and its matrices can be added to the weight: in bfloat16 the weight would swallow them."""
+        layer: Any = self.layer
+        slots = self.switch.slots
+        return type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and len(slots) == 1 and slots[0] in self.scales
+
+    @torch.no_grad()
+    def merged_weight(self) -> tuple[Tensor, Tensor | None]:
+        """(weight with the speaking slot added, bias)."""
+        (slot,) = self.switch.slots
+        layer: Any = self.layer
+        return torch.addmm(layer.weight, self.lora_b[slot], self.lora_a[slot], alpha=self.scales[slot]), layer.bias
+
+    def _worth_merging(self, states: Tensor) -> bool:
+        """Whether adding the adapter to the weight costs less than taking every state through it."""
+        enough = states.numel() >= MERGED_ROWS * states.shape[-1]
+        return enough and self.merges and states.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
 
     def _one(self, slot: str, states: Tensor, plain: Tensor) -> Tensor:
         if slot not in self.scales:
@@ -88,6 +112,28 @@ class SlotLora(nn.Module):
     def get_delta_weight(self, slot: str) -> Tensor:
         change = self.scales[slot] * (self.lora_b[slot] @ self.lora_a[slot])
         return change.T if isinstance(self.layer, Conv1D) else change
+
+
+class MergedLora(torch.autograd.Function):
+    """y = x (W + scale B A)^T with W frozen: one product forth and one back, beside those of the small matrices' own gradients.
+
+    Shapes:  x (..., in), W (out, in), A (r, in), B (out, r). The sum of weights is made anew in the backward pass, not kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: PLR0917
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        rows, out = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        below = (out @ torch.addmm(weight, b, a, alpha=ctx.scale)).view_as(x) if ctx.needs_input_grad[0] else None
+        to_a = ctx.scale * ((out @ b).T @ rows) if ctx.needs_input_grad[3] else None
+        to_b = ctx.scale * (out.T @ (rows @ a.T)) if ctx.needs_input_grad[4] else None
+        return below, None, None, to_a, to_b, None
 
 
 class Slots(nn.Module):

@@ -1,8 +1,9 @@
 """Who takes part in PPO: the models, in the form that was asked for, and what they make of prompts: episodes."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from alignment.ppo.experience import Experience, join, padded_samples
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.shared import Shared, load_slots, why_not_shared
-from alignment.ppo.voices import Manner, Separate, Voices
+from alignment.ppo.voices import Judged, Manner, Separate, Voices
 from alignment.rollout.built_in import batches
 from alignment.rollout.engines import Engine, Place, engine_of
 from alignment.rollout.sampling import Sample, Sampling
@@ -19,10 +20,11 @@ from rewardmodel.network import load_value_model
 from rewardmodel.score import RewardNotes, Scorer, read_notes, require_members
 from training.encode import Encoder
 from training.errors import InputError
+from training.gradients import free_memory, ran_out_of_memory
 from training.language_model import Lora, frozen_copy, load_policy
 from training.pack import Row
 from training.processes import Processes
-from training.rundir import RunDirectory
+from training.rundir import RunDirectory, checkpoint_folders
 from training.sharding import gathered
 
 Drawn = dict[int, list[Sample]]  # place of a prompt -> its samples
@@ -49,6 +51,10 @@ class Actors:
     processes: Processes
     engine: Engine
     kind: str = ""
+    budget: int = field(init=False)  # tokens of one pass when episodes are scored
+
+    def __post_init__(self) -> None:
+        self.budget = self.options.tokens_per_micro_batch
 
     @property
     def policy(self) -> Any:
@@ -135,13 +141,7 @@ class Actors:
         mask, logps, entropies = padded_samples(drawn, self.options.max_completion_tokens)
         # Another engine, or a bfloat16 forward pass of another shape, differs by more than PPO may mistake for a change of the policy.
         again = not self.engine.exact
-        judged = self.voices.judged(
-            rows,
-            [self._as_judged(sample) for sample in drawn],
-            budget=self.options.tokens_per_micro_batch,
-            values=with_values,
-            logps=again,
-        )
+        judged = self._read(rows, [self._as_judged(sample) for sample in drawn], values=with_values, logps=again)
         seen = views(self.voices.notes.normalise(judged.raw_scores))
         return Experience(
             rows=rows,
@@ -151,11 +151,23 @@ class Actors:
             entropies=entropies,
             reference_logps=judged.reference_logps,
             values=judged.values,
+            base_values=judged.base_values,
             scores=seen.of(self.options.reward_view, self.options.spread_weight),
             means=seen.mean,
             spreads=seen.spread,
             finished=torch.tensor([sample.finished for sample in drawn], dtype=torch.bool),
         )
+
+    def _read(self, rows: Sequence[Row], read: Sequence[Row], *, values: bool, logps: bool) -> Judged:
+        """What the models say of rows; where memory runs out, in smaller passes from then on. (No process waits for another in here.)"""
+        while True:
+            try:
+                return self.voices.judged(rows, read, budget=self.budget, values=values, logps=logps)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error) or self.processes.sharding != "none" or self.budget == 1:
+                    raise
+            free_memory()
+            self.budget = self.budget // 2
 
     def _as_judged(self, sample: Sample) -> Row:
         """The reward model learnt from completions that end in one token; a policy with several stop tokens is scored on that one."""
@@ -184,8 +196,16 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
     engine = engine_of(options.engine, place)
     manner = Manner(encoder.pad_id, options.max_completion_tokens, options.temperature, processes)
     why_not = why_not_shared(inputs["model"], inputs["reward_model"], inputs.get("reference"), options.lora_rank)
+    begun_as = form_of_checkpoint(run_directory)
+    if not why_not and begun_as == "separate" and options.backbone == "auto":
+        why_not = "the run began with them"
     if not why_not and processes.sharding != "none":
         why_not = "the weights of separate models are spread over the processes"
+        if begun_as == "shared":
+            raise InputError(
+                "The run began with one backbone, which is not spread over processes.",
+                remedy="Resume it in one process or with alignment/launch/ddp.yaml, or start a new run.",
+            )
     if options.backbone == "shared" and why_not:
         raise InputError(f"backbone = shared cannot be: {why_not}.", remedy="Mend that, or set backbone = 'separate' (or 'auto').")
     if options.backbone != "separate" and not why_not:
@@ -199,6 +219,17 @@ def load_actors(run_directory: RunDirectory, encoder: Encoder, options: PPOOptio
     return Actors(voices, encoder, options, processes, engine, f"separate models: {why_not}" if options.lora_rank else "separate models")
 
 
+def form_of_checkpoint(run_directory: RunDirectory) -> str:
+    """The form of the models that the newest checkpoint belongs to: shared or separate; empty without a checkpoint."""
+    folders = checkpoint_folders(run_directory.checkpoints)
+    if not folders:
+        return ""
+    try:
+        return json.loads((folders[-1] / "state.json").read_text(encoding="utf-8")).get("form", "separate")
+    except (OSError, ValueError):
+        return ""  # a damaged checkpoint is passed over later, with a warning
+
+
 def _given(run_directory: RunDirectory, options: PPOOptions, manner: Manner) -> dict[str, Any]:
     return {"device": manner.device, "gradient_checkpointing": options.gradient_checkpointing, "seed": run_directory.seed}
 
@@ -207,7 +238,7 @@ def _shared(run_directory: RunDirectory, options: PPOOptions, notes: RewardNotes
     inputs, lora = run_directory.inputs, Lora.of(options)
     assert lora is not None
     slots, reward = load_slots(inputs["model"], inputs["reward_model"], notes, lora=lora, **_given(run_directory, options, manner))
-    return Shared(slots, reward, manner, has_value_model=options.has_value_model)
+    return Shared(slots, reward, manner, options.shared_value if options.has_value_model else None)
 
 
 def _separate(run_directory: RunDirectory, encoder: Encoder, options: PPOOptions, manner: Manner) -> Voices:

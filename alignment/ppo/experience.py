@@ -24,7 +24,8 @@ class Experience:
     Shapes: N episodes, T tokens in the longest completion.   Units: log-probabilities and entropies in nats, scores in normalised reward.
     mask (N, T) bool: real completion tokens, the stop token among them;  logps: under the policy that sampled, at its temperature,
     as the trainer computes them;  engine_logps: as the engine that wrote them did;
-    reference_logps: of the same tokens at the same temperature;  values: the value model's expectation before each token;
+    reference_logps: of the same tokens at the same temperature;  values: the value model's expectation before each token, base_values
+    the part of it that is not trained;
     scores (N,): the reward model's, before any penalty, as `reward_view` has it;  means, spreads (N,): mean and standard deviation over its
     members, whatever the view;
     finished (N,) bool: ended by a stop token.
@@ -37,6 +38,7 @@ class Experience:
     entropies: Tensor
     reference_logps: Tensor
     values: Tensor
+    base_values: Tensor
     scores: Tensor
     means: Tensor
     spreads: Tensor

@@ -19,9 +19,10 @@ class PPOOptions(GuardOptions):
     passes: int = 1  # over the episodes of one step ("PPO epochs")
     minibatches: int = 4  # optimiser steps in one pass
 
-    backbone: Literal["auto", "shared", "separate"] = (
-        "auto"  # one, with adapters for policy, value and reward model, where that is possible
-    )
+    # one, with adapters for policy and reward model and a value model, where that is possible; or four models
+    backbone: Literal["auto", "shared", "separate"] = "auto"
+    # the value model over one backbone: a head on the policy's states, beside the reward model; or an adapter, at twice the cost of updates
+    shared_value: Literal["head", "adapter"] = "head"
 
     max_completion_tokens: int = 128  # longer completions are cut, and pay `missing_eos_penalty`
     temperature: float = 1.0  # in sampling and in log-probabilities alike
@@ -89,6 +90,9 @@ class PPOOptions(GuardOptions):
             "top_k, top_p and repetition_penalty are refused in training: the tokens would be drawn from another distribution than the one "
             "whose log-probabilities are trained, so ratios and KL would be wrong without a sign of it. Use temperature.",
         )
+        require(
+            self.kl_coefficient > 0 or not self.kl_target_nats, "kl_target_nats multiplies kl_coefficient: give one above 0 to start from."
+        )
         self._check_estimator()
         require(self.importance_cap >= 1, "importance_cap must be at least 1, or tokens on which engine and trainer agree are cut.")
         require_engine(self.engine, self.engine_url)
@@ -117,13 +121,15 @@ class PPOOptions(GuardOptions):
             "token's own KL) or k3 (GRPO's; its gradient is that of the KL the other way round), or kl_in = reward.",
         )
         if self.has_value_model:
+            possible = self.lora_rank > 0 and self.backbone != "separate"
+            require(self.shared_value == "head" or possible, "shared_value would change nothing: it goes with lora_rank and one backbone.")
             return
         name = self.advantage_estimator
         require(
             self.samples_per_prompt >= 2,
             f"advantage_estimator = {name} compares the samples of a prompt: set samples_per_prompt = 2 or more.",
         )
-        for option in ("gamma", "lam", "value_clip_range", "value_learning_rate", "whiten_rewards", "whiten_advantages"):
+        for option in ("shared_value", "gamma", "lam", "value_clip_range", "value_learning_rate", "whiten_rewards", "whiten_advantages"):
             usual = type(self).__dataclass_fields__[option].default
             require(
                 getattr(self, option) == usual, f"{option} would change nothing: {name} has no value model, and compares within groups."

@@ -4,13 +4,16 @@ PPO then needs little more memory than LoRA on one model, and one forward pass s
 have been trained as LoRA over the very model PPO starts from, which is checked weight by weight.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -25,64 +28,83 @@ from training.merge import merged, plain_weight
 from training.pack import Row
 from training.packed_model import packs_rows
 from training.readings import Reading, Speech, readings
+from training.rundir import replace_folder, write_atomically
 from training.slots import BARE, WEIGHTS, SlotLora, Slots
 
 T = TypeVar("T")
+ValueKind = Literal["head", "adapter"]
+VALUE_FORMAT = "rankloop.value/1"
 POLICY, VALUE = "policy", "value"
 # A saved reward model is its backbone and its adapter added up in float32; more than this share of the largest weight is another backbone.
 ROUNDING = 1e-4
 
 
 class Shared:
-    """The one-backbone form of `alignment.ppo.voices.Voices`."""
+    """The one-backbone form of `alignment.ppo.voices.Voices`, in which the value model is one of
 
-    def __init__(self, slots: Slots, reward: "Reward", manner: Manner, *, has_value_model: bool) -> None:
+    - a head on the policy's states, added to what the reward model expects at each token: V = V_reward + w h_policy with w = 0 at the
+      start. The reward model reads the rows anyway, so this costs no pass. The head learns from the states and does not bend them;
+    - an adapter of its own, which starts as the reward model's: a second copy of each row in every update.
+    """
+
+    def __init__(self, slots: Slots, reward: "Reward", manner: Manner, value: ValueKind | None) -> None:
         self.policy = slots
         self.reward = reward
         self.notes = reward.notes
         self.manner = manner
+        self.value = value
         self.speech = Speech(slots)
         packs_rows(slots.model.base_model)  # tried once, now, while a single slot speaks
         self.trained: dict[str, nn.Module] = {POLICY: slots.part(POLICY)}
-        if has_value_model:
+        if value == "head":
+            self.value_head = nn.Linear(reward.heads.in_features, 1).to(reward.heads.weight.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_notes = RewardNotes()
+            self.trained[VALUE] = nn.ModuleDict({"head": self.value_head})
+        elif value == "adapter":
             slots.copy(VALUE, reward.slots[0])
             self.value_head, mean, scale = mean_head(reward.heads, (self.notes.means, self.notes.scales), reward.kind)
             self.value_notes = replace(self.notes, mean=mean, scale=scale)
             self.trained[VALUE] = nn.ModuleDict({"adapter": slots.part(VALUE), "head": self.value_head})
 
-    @property
-    def has_value_model(self) -> bool:
-        return VALUE in self.trained
-
     @torch.no_grad()
     def judged(self, rows: Sequence[Row], read: Sequence[Row], *, budget: int, values: bool, logps: bool) -> Judged:
         """One pass for all of them: what comes before a token is the same whether the last one is as written or as read."""
-        asked = [BARE, *self.reward.slots, *([VALUE] if values and self.has_value_model else []), *([POLICY] if logps else [])]
+        kind = self.value if values else None
+        asked = [BARE, *self.reward.slots]
+        asked += [POLICY] if logps or kind == "head" else []
+        asked += [VALUE] if kind == "adapter" else []
 
         def judge(reading: Reading) -> Judged:
             written = torch.tensor([token for place in reading.rows for token in rows[place].completion_ids], device=self.manner.device)
             nothing = torch.zeros((len(reading.rows), self.manner.width))
+            base = reading.by_row(self.reward.expectations(reading, first=1), self.manner.width).cpu() if kind == "head" else nothing
+            own = nothing if kind is None else self._values(reading, len(asked) - 1).cpu()  # the policy's copy, or its own: the last
             return Judged(
                 reference_logps=self._logps(reading, 0, written).cpu(),
                 logps=self._logps(reading, asked.index(POLICY), written).cpu() if logps else nothing,
-                values=self._values(reading, asked.index(VALUE)).cpu() if VALUE in asked else nothing,
+                values=base + own,
+                base_values=base,
                 raw_scores=self.reward.scores(reading, first=1).cpu(),
             )
 
         if not rows:  # fewer prompts than processes
             nothing = torch.zeros((0, self.manner.width))
-            return Judged(nothing, nothing, nothing, torch.zeros((0, len(self.reward.heads.weight))))
-        parts = list(self._passes(read, judge, budget * len(asked), asked))
+            return Judged(nothing, nothing, nothing, nothing, torch.zeros((0, len(self.reward.heads.weight))))
+        parts = list(self._passes(read, judge, budget, asked))
         return in_order([numbers for numbers, _ in parts], [part for _, part in parts])
 
     def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
         """Policy and value in one pass."""
 
         def say(reading: Reading) -> Said:
-            values = self._values(reading, 1) if self.has_value_model else None
+            values = None
+            if self.value:
+                values = self._values(reading, 1 if self.value == "adapter" else 0)
             return Said(self.policy, reading.rows, self._logps(reading, 0, reading.targets), values)
 
-        for _, said in self._passes(rows, say, budget, [POLICY, VALUE] if self.has_value_model else [POLICY]):
+        for _, said in self._passes(rows, say, budget, [POLICY, VALUE] if self.value == "adapter" else [POLICY]):
             yield said
 
     def _passes(
@@ -96,11 +118,27 @@ class Shared:
         return reading.by_row(found, self.manner.width)
 
     def _values(self, reading: Reading, copy: int) -> Tensor:
-        raw = _said(self.value_head, reading.predicting(copy))[:, 0]
+        states = reading.predicting(copy)
+        raw = _said(self.value_head, states.detach() if self.value == "head" else states)[:, 0]
         return reading.by_row((raw - self.value_notes.means[0]) / self.value_notes.scales[0], self.manner.width)
 
     def save_value(self, folder: Path, encoder: Encoder) -> None:
+        """A standard reward model's folder for an adapter. A head is no model by itself: `head.safetensors`, and what it is added to."""
         if not self.manner.processes.is_main:
+            return
+        if self.value == "head":
+            beside = folder.with_name(f".{folder.name}.new")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_file({name: tensor.detach().cpu() for name, tensor in self.value_head.state_dict().items()}, beside / "head.safetensors")
+            note = {
+                "format": VALUE_FORMAT,
+                "value": "normalised score of reward_model + head on the last hidden state of policy",
+                "reward_model": str(Path(self.reward.folder).resolve()),
+                "policy": "../model",
+            }
+            write_atomically(beside / "rankloop_value.json", json.dumps(note, indent=2))
+            replace_folder(beside, folder)
             return
         with self.policy.speaking(VALUE):
             plain = merged(self.policy)
@@ -121,6 +159,17 @@ class Reward:
     heads: nn.Linear
     kind: Any
     notes: RewardNotes
+    folder: str
+
+    def expectations(self, reading: Reading, *, first: int) -> Tensor:
+        """(N,): what the members say in the mean, in normalised reward, before each completion token."""
+        if len(self.slots) == 1:
+            raw = _said(self.heads, reading.predicting(first))
+        else:
+            members = [_said(self.heads, reading.predicting(first + member))[:, member] for member in range(len(self.slots))]
+            raw = torch.stack(members, 1)
+        means, scales = (torch.tensor(numbers, device=raw.device) for numbers in (self.notes.means, self.notes.scales))
+        return ((raw - means) / scales).mean(-1)
 
     def scores(self, reading: Reading, *, first: int) -> Tensor:
         """(B, M) float32 scores of the rows, read at their last tokens; `first` is the copy of the first slot."""
@@ -158,7 +207,7 @@ def load_slots(model: str, reward_model: str, notes: RewardNotes, *, lora: Lora,
     for name, folder in zip(names, folders, strict=True):
         slots.read(name, folder)
     ensemble = saved_ensemble(reward_model) or Ensemble()
-    reward = Reward(names, _checked_heads(slots, names, Path(reward_model), model), ensemble.kind, notes)
+    reward = Reward(names, _checked_heads(slots, names, Path(reward_model), model), ensemble.kind, notes, reward_model)
     slots.add(POLICY, lora, seed=seed)
     if Speech(slots).needs_logits:
         raise InputError(f"{model} has an output head that does not stand alone.", remedy="Set backbone = 'separate'.")
@@ -189,8 +238,9 @@ def _checked_heads(slots: Slots, names: tuple[str, ...], reward_model: Path, mod
                     elif key.startswith(f"{slots.model.base_model_prefix}."):
                         expected = _expected(slots, key, add=len(names) == 1)
                         if expected is None or expected.shape != tensor.shape or not _near(expected, tensor):
+                            difference = "has no place in it" if expected is None else "differs"
                             raise InputError(
-                                f"The reward model {reward_model} stands on another backbone than {model}: {key} differs.",
+                                f"The reward model {reward_model} stands on another backbone than {model}: {key} {difference}.",
                                 remedy="Train the reward model with lora_rank on the model PPO starts from, or set backbone = 'separate'.",
                             )
                         compared += 1

@@ -29,6 +29,7 @@ from alignment.ppo.inputs import read_inputs, step_count, step_prompts
 from alignment.ppo.losses import next_kl_coefficient
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.samples import SampleFile
+from alignment.ppo.shared import Shared
 from alignment.ppo.update import Tally, Updates
 from alignment.ppo.watch import STOPPED_MODEL, Watch
 from alignment.prompts import EncodedPrompt, check_room
@@ -43,7 +44,7 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.encode import Encoder
-from training.errors import Stopped, TrainingFailed
+from training.errors import InputError, Stopped, TrainingFailed
 from training.language_model import load_policy, save_model
 from training.objective import PROBED_ROWS
 from training.options import parse_options
@@ -119,14 +120,18 @@ class PPO:
             processes=self.processes.world,
             device=str(self.processes.device),
             dtype=self.processes.dtype,
+            sharding=self.processes.sharding,
             first_step=first,
             models=self.actors.kind,
         )
         if not self.start_metrics:
+            self.watch.warn_of_few(len(self.watched))
             self.start_metrics = self.evaluate(0)
         self.progress.mark(first)
         self.saved_at = time.monotonic()
         metrics = self.evaluate(first) if first == self.steps else self.start_metrics
+        if first == self.steps:
+            self.watch.stop_again()
         metrics = self.heed(first, metrics)
         for step in range(first, self.steps):
             self.step(step)
@@ -296,6 +301,7 @@ class PPO:
                 "seconds": self.progress.seconds,
                 "start_metrics": self.start_metrics,
                 "updates": self.updates.state(),
+                "form": "shared" if isinstance(self.actors.voices, Shared) else "separate",
                 "watch": self.watch.values(),
             }
             tensors = {**trained.tensors, **buffer.tensors, "random": random_state()}
@@ -313,6 +319,8 @@ class PPO:
             self.samples.cut(step - 1 if found is None or step == self.steps else step)  # what is evaluated again
         if found is None:
             return 0
+        if "updates" not in state.values:
+            raise InputError("The checkpoint was written by an earlier version.", remedy="Start a new run from the same inputs.")
         self._load_trained(state)
         set_random_state(state.tensors["random"])
         self.episodes = state.values["episodes"]

@@ -175,13 +175,14 @@ class Updates:
                 losses = losses + batch.kl_coefficient * kl
                 _count(sums, "kl_loss", kl, mask)
             loss = loss + (losses * batch.weights[places].to(device)).masked_fill(~mask, 0).sum()
-            for name, values in (("approximate_kl", terms.approximate_kl), ("clip_share", terms.clipped), ("ratio", terms.ratio)):
-                _count(sums, name, values, mask)
+            for name, figures in (("approximate_kl", terms.approximate_kl), ("clip_share", terms.clipped), ("ratio", terms.ratio)):
+                _count(sums, name, figures, mask)
             _count(sums, "policy_loss", terms.loss, mask)
             deviation = float((terms.ratio - 1).masked_fill(~mask, 0).abs().max()) if episodes else 0.0
         if said.values is not None and aims.returns is not None:
             old_values, returns = experience.values[episodes].to(device), aims.returns[episodes].to(device)
-            errors, clipped = value_terms(said.values[:, :width], old_values, returns, self.options.value_clip_range or None)
+            values = said.values[:, :width] + experience.base_values[episodes].to(device)
+            errors, clipped = value_terms(values, old_values, returns, self.options.value_clip_range or None)
             loss = loss + errors.masked_fill(~mask, 0).sum() / batch.tokens
             _count(sums, "value_loss", errors, mask)
             _count(sums, "value_clip_share", clipped, mask)

@@ -41,13 +41,15 @@ class Manner:
 class Judged:
     """N rows as the frozen models see them, on the CPU. Shapes: T = `Manner.width`, M members.
 
-    reference_logps, logps, values (N, T) float32, packed to the left;  raw_scores (N, M) float32, before normalisation.
-    `logps` (the policy's) and `values` are zeros where they were not asked for.
+    reference_logps, logps, values, base_values (N, T) float32, packed to the left;  raw_scores (N, M) float32, before normalisation.
+    `logps` (the policy's) and `values` are zeros where they were not asked for. `base_values` is the part of `values` that does not change
+    in training: the reward model's own expectation, where the value model is a head beside it; else zeros.
     """
 
     reference_logps: Tensor
     logps: Tensor
     values: Tensor
+    base_values: Tensor
     raw_scores: Tensor
 
 
@@ -60,7 +62,8 @@ def in_order(numbers: Sequence[Sequence[int]], parts: Sequence[Judged]) -> Judge
 @dataclass(frozen=True, slots=True)
 class Said:
     """One forward pass of `model` with gradients, over rows `rows` (numbers among those given; none of them in a pass that only keeps
-    processes in step): (B, T) float32, packed to the left. None where this pass did not ask: two models have passes of their own."""
+    processes in step): (B, T) float32, packed to the left; `values` less `Judged.base_values`. None where this pass did not ask: two models
+    have passes of their own."""
 
     model: Any
     rows: tuple[int, ...]
@@ -118,7 +121,7 @@ class Separate:
             with gathered(wanted):
                 expected = nothing if wanted is None else self._whole(self._values(rows, budget), len(rows))
         with gathered(self.scorer.model), self.manner.processes.autocast():
-            return Judged(reference_logps, own, expected, self.scorer.raw_scores(read))
+            return Judged(reference_logps, own, expected, nothing, self.scorer.raw_scores(read))
 
     def learned(self, rows: Sequence[Row], *, budget: int) -> Iterator[Said]:
         """The policy's passes, then the value model's: the graph of one is gone before the next is built."""

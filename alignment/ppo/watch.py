@@ -11,6 +11,7 @@ resumed goes back to the same weights as one that was not.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 from alignment.ppo.guards import Alarm, GuardOptions, Guards
@@ -21,6 +22,7 @@ from training.rundir import RunDirectory, checkpoint_folders
 
 Action = Literal["warn", "stop", "rollback"]
 STOPPED_MODEL = "model.stopped"
+FEW_PROMPTS = 16  # of an evaluation: with fewer its means move by chance as far as a guard's limits are
 
 
 class Watch:
@@ -33,6 +35,8 @@ class Watch:
         self.guards = Guards(options)
         self.waiting: list[Alarm] = []
         self.told: list[Alarm] = []  # by the last answer
+        self.stopping = False  # because of them
+        self.stopped: list[Alarm] = []  # what an earlier start of this run ended with
         self.alarms = 0
         self.rollbacks = 0
         self.good_step: int | None = None
@@ -40,13 +44,27 @@ class Watch:
 
     def values(self) -> dict[str, Any]:
         """For the checkpoint: plain JSON."""
-        return {"guards": self.guards.state(), "alarms": self.alarms, "rollbacks": self.rollbacks, "good_step": self.good_step}
+        stopped = [asdict(alarm) for alarm in self.told] if self.stopping else []
+        known = {"guards": self.guards.state(), "alarms": self.alarms, "rollbacks": self.rollbacks, "good_step": self.good_step}
+        return {**known, "stopped": stopped}
 
     def load(self, values: Mapping[str, Any] | None) -> None:
         """Args:  values: None of a checkpoint that was written before there were guards; they start at the next evaluation."""
         if values is not None:
             self.guards.load_state(values["guards"])
             self.alarms, self.rollbacks, self.good_step = values["alarms"], values["rollbacks"], values["good_step"]
+            self.stopped = [Alarm(**alarm) for alarm in values["stopped"]]
+
+    def stop_again(self) -> None:
+        """A run that was stopped at its last step has no further step in which an alarm could show again: it ends as it ended."""
+        seen = {alarm.name for alarm in self.waiting}
+        self.waiting += [alarm for alarm in self.stopped if alarm.name not in seen]
+
+    def warn_of_few(self, prompts: int) -> None:
+        """Say so where the run does what evaluations of a handful of prompts ask for."""
+        if self.options.on_alarm != "warn" and prompts < FEW_PROMPTS:
+            text = f"on_alarm = {self.options.on_alarm} heeds evaluations of {prompts} prompts: below {FEW_PROMPTS} they tell mostly chance"
+            self.run.event("warning", text=f"{text}. Hold more prompts out, or raise evaluation_prompts.")
 
     def saw_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.waiting += self.guards.check_step(step, metrics)
@@ -76,6 +94,7 @@ class Watch:
             self.run.event("alarm", step=step, name=alarm.name, seen=alarm.seen, remedy=alarm.remedy, action=action)
         self.alarms += len(self.told)
         if action == "stop":
+            self.stopping = True
             self.guards.rearm(self.told)
         return action
 
@@ -86,7 +105,8 @@ class Watch:
         before = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
         return TrainingFailed(
             f"Stopped by its guards at step {step}{before}: {names}. {seen}",
-            remedy=f"{remedies} The policy as it was stands in {self.run.path / STOPPED_MODEL}; resumed as it is, the run stops again.",
+            remedy=f"{remedies} Start a new run with that, from the same model or from the policy as it was when it was stopped "
+            f"(--model {self.run.path / STOPPED_MODEL}). Resumed as it is, this run stops again.",
         )
 
     def go_back(self, step: int) -> State:

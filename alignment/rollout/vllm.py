@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 from alignment.rollout.engines import Place, checked_sample, stream_seed
+from alignment.rollout.names import KEY, checked_url
 from alignment.rollout.sampling import Sample, Sampling
 from training.errors import InputError, TrainingFailed
 from training.language_model import save_model
@@ -30,7 +30,7 @@ ATTEMPTS = 4  # of a request that found no server, or a server in trouble
 PAUSE_SECONDS = 1.0  # before the second one; then twice as long each time
 # Share of the accelerator's memory that vLLM takes in this process: the models that are trained need the rest.
 MEMORY_SHARE = 0.3
-KEY = "VLLM_API_KEY"  # the variable that vLLM's own server reads
+SAID_CHARACTERS = 200  # of an answer that was a refusal, in an error
 
 DISTRIBUTION = {
     "top_p": 1.0,
@@ -75,21 +75,17 @@ def hand_over(place: Place, model: Any) -> str:
     return str(folder.resolve())
 
 
-def checked_url(url: str) -> str:
-    """Scheme, host and path of a server.   Raises:  InputError if it is no plain http or https address."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise InputError(
-            f"engine_url = {url!r} is not the address of a server.", remedy=f"Write it as http://host:8000; a key goes into {KEY}."
-        )
-    return url.rstrip("/").removesuffix("/v1")
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A server that was named answers itself; its key goes nowhere else."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def _shown(text: str) -> str:
+    """A server's own words, for an error: short, and with codes for what could command a terminal."""
+    short = " ".join(text.split())[:SAID_CHARACTERS]
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in short)
 
 
 class Server:
@@ -107,8 +103,19 @@ class Server:
         self.stop_ids = place.encoder.stop_ids
         # No proxy: prompts and weights' paths stay between the two machines that were named.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
-        self.name = str(self._ask("/v1/models", method="GET")["data"][0]["id"])
+        self.name = self._served()
         self.checked_temperatures: set[float] = set()
+
+    def _served(self) -> str:
+        """The name of the model that it serves."""
+        answer = self._ask("/v1/models", method="GET")
+        try:
+            return str(answer["data"][0]["id"])
+        except (LookupError, TypeError):
+            raise InputError(
+                f"The server at {self.url} is not a vLLM server, or serves no model: /v1/models names none.",
+                remedy="See that engine_url is the address at which `vllm serve MODEL` listens.",
+            ) from None
 
     def refresh(self, model: Any) -> None:
         folder = hand_over(self.place, model)
@@ -201,7 +208,7 @@ class Server:
             except (OSError, HTTPException, ValueError) as problem:
                 if attempt == ATTEMPTS - 1:
                     raise TrainingFailed(
-                        f"The server at {self.url} does not answer {path}: {problem}",
+                        f"The server at {self.url} does not answer {path}: {_shown(str(problem))}",
                         remedy="Start it, see that engine_url is right, and resume this run.",
                     ) from problem
             time.sleep(pause)
@@ -219,7 +226,7 @@ class Server:
             with self.opener.open(request, timeout=self.answer_seconds) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
+            said = _shown(error.read(2000).decode(errors="replace"))
             if error.code >= 500 or error.code == 429:
                 raise OSError(f"status {error.code}: {said}") from error
             raise Refused(

@@ -13,11 +13,13 @@ from django.utils.text import slugify
 
 from alignment.methods import METHODS, options_check
 from alignment.models import Job, Round, TrainedModel
+from alignment.options import GenerateOptions
 from alignment.services.home import round_open
 from alignment.services.settling import dependents_block, round_settle
 from annotation.errors import Refused
 from annotation.models import MAX_COMPLETIONS, Project, Snapshot, User
 from training.errors import InputError
+from training.options import parse_options
 
 State = Job.State
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,99}$")
@@ -69,7 +71,15 @@ def job_check(*, request: JobRequest) -> list[Job]:
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise Refused("input_missing", f"{request.method} needs {' and '.join(missing)}: give {flags}.")
+    if request.method == Job.Method.GENERATE:
+        _check_judge(request)
     return _needed(request)
+
+
+def _check_judge(request: JobRequest) -> None:
+    if parse_options(GenerateOptions, request.options).needs_reward_model and not request.inputs.get("reward_model"):
+        what = "keep and most_uncertain_prompts choose by a reward model, and none is given"
+        raise Refused("input_missing", f"{what}: give --reward-model, or leave them out.")
 
 
 @transaction.atomic

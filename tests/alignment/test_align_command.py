@@ -13,6 +13,7 @@ from alignment.models import Job, Round
 from alignment.services.claims import job_claim, job_fail
 from alignment.services.settling import Ending
 from annotation.models import Project, Prompt
+from training.rundir import RunDirectory
 
 pytestmark = pytest.mark.django_db
 
@@ -95,6 +96,11 @@ def test_a_missing_input_is_asked_for_by_the_name_of_its_flag(place):
     code, text = refused("align", "ppo", "--model", str(place / "start"), "--data", str(place / "rows.jsonl"))
     assert code == 2
     assert "--reward-model" in text
+    generate = ["align", "generate", "--model", str(place / "start"), "--data", str(place / "rows.jsonl"), "--set", "candidates=8"]
+    for keep in ("best", "rejection", "uncertain"):
+        code, text = refused(*generate, "--set", f"keep={keep}")
+        assert (code, "give --reward-model" in text) == (2, True)
+    assert not Job.objects.exists()
 
 
 def test_a_round_needs_rankings_and_names_its_steps(place, project):
@@ -136,6 +142,8 @@ def test_set_goes_over_the_config_file(place):
 def test_a_dry_run_spells_out_every_option_and_queues_nothing(place, project):
     plan = json.loads(told(*sft(place), "--dry-run", "--set", "epochs=2"))
     assert plan["options"]["epochs"] == 2
+    by_hand = RunDirectory.create(place / "by-hand", **{key: plan[key] for key in ("method", "seed", "inputs", "options")})
+    assert by_hand.data_file().read_text() == (place / "rows.jsonl").read_text()  # as docs/data-flow.md, section 2, has it
     assert set(plan["options"]) == set(options_check("sft", {}))
     uncertain = ("--set", "reward.ensemble_size=4", "--set", "generate.candidates=4", "--set", "generate.keep=uncertain")
     chosen = json.loads(told("align", "round", "facts", "--model", str(place / "start"), "--dry-run", *uncertain))
@@ -167,13 +175,15 @@ def test_jobs_are_listed_changed_and_logged(place):
     assert answered("jobs", "resume", "one")["state"] == "queued"
     job = job_claim(worker="w", lease_seconds=60, slots=1, free=1)
     job.folder.mkdir(parents=True)
-    (job.folder / "log.txt").write_text("first\nsecond\nthird\n")
-    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory", remedy="buy some"))
-    assert told("jobs", "logs", "one", "-n", "2") == "second\nthird\n"
+    (job.folder / "log.txt").write_text("first\nsecond\nthird\x1b[2J\n")
+    job_fail(job=job, fence=job.fence, ending=Ending(error="[/] no \x1b[2Jmemory", remedy="buy some"))
+    assert told("jobs", "logs", "one", "-n", "2") == "second\nthird\\x1b[2J\n"
     with pytest.raises(SystemExit) as ended:
         told("jobs", "logs", "one", "-f")
     assert ended.value.code == 1, "following a job that failed ends as it did"
     assert "buy some" in told("jobs", "show", "one")
+    assert "[/] no \\x1b[2Jmemory" in told("jobs", "list")
+    assert "\x1b" not in told("jobs", "list") + told("jobs", "show", "one") + told("jobs", "list", "--json")
 
 
 @pytest.mark.parametrize("method", METHODS)

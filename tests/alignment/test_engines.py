@@ -14,8 +14,9 @@ from alignment import generate
 from alignment.options import GenerateOptions
 from alignment.ppo import train as ppo
 from alignment.rollout.engines import BuiltIn, Continuous, Engine, Place, engine_of
+from alignment.rollout.names import checked_url
 from alignment.rollout.sampling import Sample, Sampling
-from alignment.rollout.vllm import Server, checked_url
+from alignment.rollout.vllm import Server
 from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
 from tests.alignment.test_ppo import Setting
 from tests.alignment.vllm_stand import VllmStand
@@ -72,10 +73,16 @@ def test_engines_that_cannot_run_here_say_what_to_do(home: Path, tmp_path: Path)
         engine_of("magic", place(home, tmp_path))
 
 
-@pytest.mark.parametrize("url", ["", "host:8000", "file:///etc/passwd", "http://", "http://key@host", "http://host/?a=b", "ftp://host"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "host:8000", "file:///etc/passwd", "http://", "http://u:key@host", "http://host/?a=b", "ftp://host", "http://[", "http://h:x"],
+)
 def test_what_is_no_address_of_a_server_is_refused(url: str):
     with pytest.raises(InputError, match="address of a server"):
         checked_url(url)
+    with pytest.raises(OptionError) as refused:  # already where options are checked, and without the key
+        parse_options(GenerateOptions, {"engine": "vllm_server", "engine_url": url})
+    assert "u:key" not in f"{refused.value} {refused.value.remedy}"
     assert checked_url("https://host:1/under/v1/") == "https://host:1/under"
 
 
@@ -143,6 +150,23 @@ def test_a_refusal_is_told_at_once_with_the_servers_own_words(home: Path, tmp_pa
     with pytest.raises(InputError, match="longer than the model"):
         server(home, tmp_path, stand.url).sample([[3] * 200], Sampling(12))
     assert len(stand.requests) == 1
+
+
+def test_a_server_cannot_command_a_terminal_with_what_it_says(home: Path, tmp_path: Path, stand: VllmStand):
+    engine = server(home, tmp_path, stand.url)
+    stand.troubles, stand.words = [400], b"no\x1b[2J\xe2\x80\xaeluck\x9b" * 90
+    with pytest.raises(InputError, match=r"no\\x1b\[2J\\u202eluck") as refused:
+        engine.sample(PROMPTS[:1], Sampling(12))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 800
+
+
+@pytest.mark.parametrize("models", [[], {}, {"data": []}, {"data": [{"name": "x"}]}, "ok", None])
+def test_a_server_that_is_no_vllm_is_refused(models, home: Path, tmp_path: Path, stand: VllmStand):
+    stand.models = models
+    with pytest.raises(InputError, match="not a vLLM server") as refused:
+        server(home, tmp_path, stand.url)
+    assert "engine_url" in refused.value.remedy
 
 
 def test_a_completion_that_the_server_cut_short_is_not_taken_for_a_whole_one(home: Path, tmp_path: Path):

@@ -131,6 +131,7 @@ def test_the_console_lists_and_shows_everything_and_changes_nothing(jobs):
     job = jobs["dpo"]
     shown = client.get(reverse("admin:alignment_job_change", args=[job.pk])).content.decode()
     assert reverse("admin:alignment_job_live", args=[job.pk]) in shown
+    assert client.get(reverse("admin:alignment_job_live", args=[10**6])).status_code == 404
     assert client.post(reverse("admin:alignment_job_change", args=[job.pk]), {"name": "renamed"}).status_code == 403
     assert client.post(reverse("admin:alignment_job_delete", args=[job.pk]), {"post": "yes"}).status_code == 403
     model = TrainedModel.objects.get(name="sft")

@@ -201,8 +201,10 @@ def test_stop_keeps_the_weights_and_says_why_and_a_resume_does_not_run_past_it(h
     assert run.result() is None
     (alarm,) = events(run, "alarm")
     assert alarm["action"] == "stop"
+    assert "they tell mostly chance" in events(run, "warning")[0]["text"]  # it watches itself on a few prompts
     assert alarm["seen"] in error["error"]
     assert alarm["remedy"] in error["remedy"]
+    assert f"--model {run.path / 'model.stopped'}" in error["remedy"]
     step, state = read_checkpoint(run.newest_checkpoint())
     assert step == alarm["step"] < 8
     kept = dict(load_policy(run.path / "model.stopped").named_parameters())

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.ppo import actors
 from alignment.ppo import train as ppo
+from alignment.ppo.voices import Separate
 from tests.alignment.letters import ppo_run, write_models, write_prompts
 from tests.alignment.test_ppo import events
 from tests.alignment.test_ppo_shared import KINDS, write_home
 from training.checkpoint import read_checkpoint
-from training.errors import Stopped
+from training.errors import Stopped, TrainingFailed
 from training.rundir import RunDirectory, checkpoint_folders, file_digest
 
 pytestmark = pytest.mark.training
@@ -78,7 +80,9 @@ def test_wherever_a_step_is_interrupted_the_run_goes_on_to_the_same_bits(home: P
 
 def test_a_shared_backbone_is_interrupted_and_resumed_alike(tmp_path: Path, monkeypatch):
     home = write_home(tmp_path / "home", KINDS["one"])
-    runs = [ppo_run(tmp_path / name, home, backbone="shared", lora_rank=4, **SMALL) for name in ("whole", "stopped")]
+    runs = [
+        ppo_run(tmp_path / name, home, backbone="shared", lora_rank=4, shared_value="adapter", **SMALL) for name in ("whole", "stopped")
+    ]
     ppo.run(runs[0])
     stopped_at(runs[1], 8, monkeypatch)
     ppo.run(RunDirectory.open(runs[1].path))
@@ -114,3 +118,58 @@ def test_where_memory_runs_out_the_update_is_done_in_smaller_parts_and_stays_the
     assert metrics[1]["out_of_memory"] > 0 == metrics[0]["out_of_memory"]
     for name in ("policy_loss", "value_loss", "gradient_norm", "value_gradient_norm"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-3, abs=1e-6)
+
+
+def test_a_run_goes_on_in_the_form_it_began_in(tmp_path: Path, monkeypatch):
+    """One that began with separate models (under sharding, say) is not taken for one backbone by `auto`."""
+    home = write_home(tmp_path / "home", KINDS["one"])
+    forms = {"whole": {"backbone": "separate"}, "begun": {}}
+    runs = [ppo_run(tmp_path / name, home, lora_rank=4, **SMALL, **given) for name, given in forms.items()]
+    ppo.run(runs[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(actors, "why_not_shared", lambda *_: "it was so")
+        stopped_at(runs[1], 8, patch)
+    ppo.run(RunDirectory.open(runs[1].path))
+    assert events(runs[1], "start")[-1]["models"] == "separate models: the run began with them"
+    assert_same(runs[1], runs[0])
+
+
+def test_a_run_stopped_at_its_last_step_stays_stopped(home: Path, tmp_path: Path):
+    """Nothing is left in which the alarm could show again."""
+    guarded = {"on_alarm": "stop", "kl_limit_nats": 0.05, "evaluate_steps": 0, "max_steps": 1, "learning_rate": 3e-2, "warmup_share": 0.0}
+    run = ppo_run(tmp_path / "run", home, **guarded)
+    for _ in range(2):
+        with pytest.raises(TrainingFailed, match="Stopped by its guards"):
+            ppo.run(RunDirectory(run.path, run.config))
+        assert run.result() is None
+
+
+def test_a_checkpoint_between_two_names_is_found(home: Path, tmp_path: Path, monkeypatch):
+    """A kill between the two renames that replace a checkpoint in the middle of a step."""
+    runs = [ppo_run(tmp_path / name, home, **SMALL) for name in ("whole", "killed")]
+    ppo.run(runs[0])
+    stopped_at(runs[1], 6, monkeypatch)
+    (only,) = checkpoint_folders(runs[1].checkpoints)
+    only.rename(only.with_name(f".{only.name}.new"))
+    ppo.run(RunDirectory.open(runs[1].path))
+    assert events(runs[1], "resume")
+    assert_same(runs[1], runs[0])
+
+
+def test_where_memory_runs_out_in_scoring_it_is_done_in_smaller_passes(home: Path, tmp_path: Path, monkeypatch):
+    runs = [ppo_run(tmp_path / name, home, max_steps=1, tokens_per_micro_batch=512) for name in ("whole", "short")]
+    ppo.run(runs[0])
+    real, budgets = Separate.judged, []
+
+    def short(self, rows, read, *, budget, **given):
+        budgets.append(budget)
+        if budget > 200:
+            raise MemoryError
+        return real(self, rows, read, budget=budget, **given)
+
+    monkeypatch.setattr(Separate, "judged", short)
+    ppo.run(runs[1])
+    assert budgets[:3] == [512, 256, 128]
+    metrics = [events(run, "step")[0]["metrics"] for run in runs]
+    for name in ("reward", "kl_k3_nats", "value", "policy_loss"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-3, abs=1e-5)

@@ -70,7 +70,9 @@ def episodes(table: Table, rows: Tensor, values: Tensor, count: int) -> tuple[Ex
         entropies=torch.zeros_like(old),
         reference_logps=table.reference.log_softmax(-1)[states, tokens],
         values=values.detach()[states],
+        base_values=torch.zeros_like(old),
         scores=table.rewards[tokens[:, 0], tokens[:, 1]],
+        means=torch.zeros(count),
         spreads=torch.zeros(count),
         finished=torch.ones(count, dtype=torch.bool),
     )

@@ -7,12 +7,13 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.test import Client
 
+from alignment import selectors
 from alignment.follow import alarms_of
 from alignment.models import Job
-from alignment.samples import read_samples
-from alignment.services.claims import job_claim
+from alignment.samples import printable, read_samples
+from alignment.services.claims import job_claim, job_fail
 from alignment.services.jobs import JobRequest, job_create
-from alignment.tables import printable
+from alignment.services.settling import Ending
 from annotation.models import User
 from training.rundir import RunDirectory
 
@@ -133,6 +134,7 @@ def test_the_page_shows_an_evaluation_by_its_step_and_escapes_what_a_policy_wrot
         ("/runs/ppo/live/?step=10", "answer 0 at 10", "at 20 "),
         ("/runs/ppo/?step=15", "There is no evaluation at step 15", "at 10 "),
         ("/runs/ppo/?step=-1%3Cscript%3E", "answer 0 at 20", "at 10 "),
+        ("/runs/ppo/?step=" + "9" * 5000, "answer 0 at 20", "at 10 "),
     ):
         page = staff.get(address).content.decode()
         assert there in page
@@ -155,11 +157,56 @@ def test_the_pages_show_alarms_apart_from_warnings(job: Job, staff: Client):
     assert "1 warning, the newest first" in staff.get("/runs/ppo/").content.decode()
 
 
+def test_alarms_are_counted_apart_from_warnings_and_what_is_cut_is_counted(job: Job, staff: Client, capsys):
+    run = RunDirectory.open(job.folder)
+    console = f"/admin/alignment/job/{job.pk}/live/"
+    for address in ("/runs/ppo/", console):
+        assert "1 alarm, 1 warning" in staff.get(address).content.decode()
+    assert "1 alarm, 1 warning" in shown("ppo", capsys=capsys)
+    assert "the run goes on" in staff.get("/runs/ppo/").content.decode()
+    for step in range(11, 33):
+        run.event("alarm", step=step, **ALARM)
+        run.event("warning", text=f"warning {step}")
+    page = staff.get("/runs/ppo/").content.decode()
+    assert "23 alarms, 23 warnings" in page
+    assert "and 3 more alarms" in page
+    assert "<li>and 3 more</li>" in page
+    assert "and 18 more alarms" in staff.get(console).content.decode()
+    told = shown("ppo", capsys=capsys)
+    assert "18 more alarms before these" in told
+    assert "18 more warnings before these" in told
+    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory"))
+    page = staff.get("/runs/ppo/").content.decode()
+    assert "the run went on" in page
+    assert "the run goes on" not in page
+
+
+def test_what_rejection_did_is_told_in_words_and_an_empty_text_as_such(job: Job, staff: Client, capsys):
+    rows = [{**sample(0, n, text), "rejection": {"accepted": n == 0, "acceptance": 0.123456}} for n, text in enumerate(("yes", " "))]
+    write_samples(job.folder, rows)
+    page, told = staff.get("/runs/ppo/").content.decode(), shown("ppo", "--samples", capsys=capsys)
+    for text in (page, told):
+        assert "accepted (acceptance 0.12)" in text
+        assert "filled up (acceptance 0.12)" in text
+        assert "(empty)" in text
+    assert "0.123456" not in page
+
+
 def test_the_console_shows_the_samples_of_the_newest_evaluation(job: Job, staff: Client):
     page = staff.get(f"/admin/alignment/job/{job.pk}/change/").content.decode()
     for part in ("answer 0 at 20", "question 0", "score 0.000", "KL 1.250 nats", "/runs/ppo/?step=10#samples"):
         assert part in page
     assert "<script>alert" not in page
+
+
+def test_resume_is_not_what_the_page_offers_first_after_the_guards_stopped_a_run(job: Job, staff: Client):
+    resume = '<button class="primary">Resume</button>'
+    job_fail(job=job, fence=job.fence, ending=Ending(error="no memory", remedy="buy some"))
+    assert resume in staff.get("/runs/ppo/").content.decode()
+    RunDirectory.open(job.folder).event("alarm", step=20, **{**ALARM, "action": "stop"})
+    page = staff.get("/runs/ppo/").content.decode()
+    assert resume not in page
+    assert "<button>Resume</button>" in page
 
 
 # -- what is read
@@ -169,6 +216,36 @@ def test_alarms_after_the_checkpoint_of_a_resume_wait_until_they_are_said_again(
     events = [{"kind": "alarm", "step": step, "name": "kl_limit"} for step in (4, 9)]
     events += [{"kind": "resume", "step": 6}, {"kind": "alarm", "step": 8, "name": "length_drift"}]
     assert [(alarm["step"], alarm["name"]) for alarm in alarms_of(events)] == [(8, "length drift"), (4, "kl limit")]
+
+
+def test_an_evaluation_that_was_rolled_back_says_so_and_is_not_the_one_shown_at_first(job: Job, staff: Client, capsys):
+    run = RunDirectory.open(job.folder)
+    run.event("rollback", step=20, to_step=10, kl_coefficient=0.1, rollbacks=1)
+    told = shown("ppo", "--samples", capsys=capsys)
+    assert "12 samples at step 10 (--step N for steps 0, 20 (rolled back))" in told
+    assert "at step 20, which was rolled back to step 10" in shown("ppo", "--samples", "--step", "20", capsys=capsys)
+    page = staff.get("/runs/ppo/").content.decode()
+    assert "answer 0 at 10" in page
+    assert "20 (rolled back)" in page
+    assert "given up" not in page
+    assert "rolled back to step 10" in staff.get("/runs/ppo/?step=20").content.decode()
+    page = staff.get(f"/admin/alignment/job/{job.pk}/change/").content.decode()
+    assert "answer 0 at 10" in page
+    assert "20 (rolled back)" in page
+    run.event("resume", step=15)  # a checkpoint from before it: step 20 comes again
+    assert "answer 0 at 20" in staff.get("/runs/ppo/").content.decode()
+
+
+def test_all_samples_of_a_step_are_read_without_keeping_the_file(job: Job, staff: Client, monkeypatch):
+    rows = [sample(step, n, f"answer {n}") for n in range(3) for step in (2, 0, 1)]  # in any order
+    write_samples(job.folder, rows)
+    for step, expected in ((None, 2), (1, 1), (7, 2)):
+        found = read_samples(job.folder, limit=2, step=step)
+        assert (found.step, [row["step"] for row in found.rows], found.total, found.steps) == (expected, [expected] * 2, 3, [2, 1, 0])
+    monkeypatch.setattr(selectors, "ALL_SAMPLES", 2)
+    page = staff.get("/runs/ppo/?all=1").content.decode()
+    assert "2 of 3. Read them all in a terminal" in page
+    assert "all=1#samples" not in page
 
 
 def test_a_line_cut_short_or_damaged_is_passed_over(tmp_path: Path):

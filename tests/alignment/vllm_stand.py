@@ -13,13 +13,16 @@ from training.language_model import load_policy
 
 
 class VllmStand:
-    """`requests` are the bodies it got, by path. `troubles`: statuses it answers first; `raw`: log-probabilities as before temperature."""
+    """`requests` are the bodies it got, by path. `troubles`: statuses it answers first, with
+    `words`; `models`: what it says of them; `raw`: log-probabilities as before temperature."""
 
     def __init__(self, folder: Path, *, raw: bool = False, longest: int = 128) -> None:
         self.model = load_policy(folder)
         self.raw = raw
         self.longest = longest
         self.troubles: list[int] = []
+        self.words = json.dumps({"error": {"message": "no luck"}}).encode()
+        self.models: Any = {"object": "list", "data": [{"id": "the-policy", "object": "model"}]}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
@@ -29,14 +32,14 @@ class VllmStand:
             def log_message(self, *args: Any) -> None: ...
 
             def answer(self, status: int, body: Any) -> None:
-                data = json.dumps(body).encode()
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
             def do_GET(self) -> None:
-                self.answer(200, {"object": "list", "data": [{"id": "the-policy", "object": "model"}]})
+                self.answer(200, stand.models)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,7 +48,7 @@ class VllmStand:
                     stand.keys.append(self.headers.get("Authorization"))
                     trouble = stand.troubles.pop(0) if stand.troubles else 0
                     if trouble:
-                        self.answer(trouble, {"error": {"message": "no luck"}})
+                        self.answer(trouble, stand.words)
                     else:
                         self.answer(*stand.answered(self.path, body))
 

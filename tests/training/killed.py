@@ -14,7 +14,7 @@ import alignment.dpo
 import alignment.sft
 import rewardmodel.train
 from tests.training.tiny import events
-from training.rundir import RunDirectory
+from training.rundir import RunDirectory, checkpoint_folders
 
 METHODS = {"sft": alignment.sft.run, "reward": rewardmodel.train.run, "dpo": alignment.dpo.run}
 
@@ -43,6 +43,9 @@ def kill(run: RunDirectory, child: int, generator: random.Random, *, writing: bo
     deadline = time.monotonic() + 20
     while writing and not list(run.checkpoints.glob(".step-*.new")) and time.monotonic() < deadline and run.result() is None:
         pass
+    # Where nothing is half-written, something whole is there to go on from, however slow the machine.
+    while not writing and not checkpoint_folders(run.checkpoints) and time.monotonic() < deadline and run.result() is None:
+        time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return bool(list(run.checkpoints.glob(".step-*.new")))

@@ -21,6 +21,7 @@ from alignment.methods import (
 )
 from alignment.models import Job, Round
 from alignment.requests import Asked, job_request, round_request
+from alignment.samples import printable
 from alignment.selectors import align_command, job_summary, round_summary
 from alignment.services.jobs import JobRequest, job_check, job_create
 from alignment.services.rounds import POLICY_METHODS, round_check, round_create
@@ -145,13 +146,13 @@ class Command(BaseCommand):
         for line in figure_lines(job.metrics):
             self.stdout.write(line)
         if job.error:
-            self.stdout.write(f"  {job.error} {job.remedy}".rstrip())
+            self.stdout.write(printable(f"  {job.error} {job.remedy}".rstrip()))
         if job.state in (Job.State.STOPPED, Job.State.CANCELLED):
             self.stdout.write(f"  go on with: manage.py jobs resume {job.name}")
         self.stdout.write(f"  run: {job.folder}\n  again: {align_command(job=job)}")
 
     def _json(self, value: Any) -> None:
-        self.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        self.stdout.write(json.dumps(value, indent=2, default=str))  # ASCII alone: errors quote logs, and a terminal may read it
 
 
 def _resolved(request: JobRequest) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from alignment.follow import alarms_of
+from alignment.follow import alarms_of, noted, rollbacks_of
 from alignment.ledgers import ledger_of
 from alignment.management.commands.align import EXIT_CODES, HelpFormatter
 from alignment.methods import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_STOPPED
 from alignment.models import Job, TrainedModel
 from alignment.progress import facts
-from alignment.samples import read_samples
+from alignment.samples import printable, read_samples
 from alignment.selectors import (
     DISPUTED_FILE,
     align_command,
@@ -26,7 +27,7 @@ from alignment.selectors import (
     run_command,
 )
 from alignment.services.jobs import job_cancel, job_resume, job_retry
-from alignment.tables import figure_lines, jobs_table, printable, sample_lines
+from alignment.tables import figure_lines, jobs_table, sample_lines
 from alignment.waiting import wait_for
 from annotation.errors import Refused
 
@@ -102,33 +103,36 @@ class Command(BaseCommand):
         if given["json"]:
             self._json(job_summary(job))
             return 0
-        lines = [f"{job.name}  {job.get_method_display()}  {job.state}", *self._facts(job)]
+        events = events_of(job=job)
+        lines = [f"{job.name}  {job.get_method_display()}  {job.state}", *self._facts(job, noted(events))]
         lines += [
             "options: " + (json.dumps(job.options) if job.options else "all defaults"),
             f"seed {job.seed}, {job.processes} process(es)",
         ]
         lines += figure_lines(job.metrics)
-        events = events_of(job=job)
         for entry in ledger_of(counts_in(events)):
             which = f"  first: {', '.join(entry.keys[:NAMED_KEYS])}" if entry.keys else ""
             lines.append(f"  {entry.name}: {entry.counts[0]:,} for training, {entry.counts[1]:,} held out{which}")
-        for alarm in alarms_of(events)[:NAMED_WARNINGS][::-1]:
+        alarms = alarms_of(events)
+        lines += _more(alarms, "alarm")
+        for alarm in alarms[:NAMED_WARNINGS][::-1]:
             where = f"alarm at step {alarm['step']}, {alarm['name']} ({alarm.get('action')})"
             lines.append(printable(f"{where}: {alarm.get('seen')} {alarm.get('remedy')}"))
         told = [event.get("text", "") for event in events if event.get("kind") == "warning"]
+        lines += _more(told, "warning")
         lines += [f"warning: {printable(text)}" for text in told[-NAMED_WARNINGS:]]
         if disputed_of(job=job, limit=1):
             lines.append(f"what to label next, most disputed first: {job.folder / DISPUTED_FILE}")
         model = TrainedModel.objects.filter(job=job).first()
         lines += lineage_lines(job=job, model=model)
-        for sample in read_samples(job.folder, limit=3).rows:
+        for sample in read_samples(job.folder, limit=3, rollbacks=rollbacks_of(events)).rows:
             lines += ["sample: " + printable(json.dumps(sample, ensure_ascii=False))[:400]]
         lines += [f"repeat it by hand: {run_command(job=job)}", f"ask for it again:  {align_command(job=job)}"]
         self.stdout.write("\n".join(lines))
         return 0
 
     def _samples(self, job: Job, given: dict[str, Any]) -> int:
-        written = read_samples(job.folder, limit=1 << 30, step=given["step"])
+        written = read_samples(job.folder, limit=1 << 30, step=given["step"], rollbacks=rollbacks_of(events_of(job=job)))
         if not written.rows:
             what = "PPO writes some at each evaluation, evaluate and generate at their end."
             raise Refused("no_samples", f"{job.name} is {job.state} and has no samples in {job.folder}. {what}", status=404)
@@ -136,21 +140,25 @@ class Command(BaseCommand):
             there = f"at steps {', '.join(map(str, written.steps[::-1]))}" if written.steps else "once, at its end: leave --step out"
             raise Refused("no_such_step", f"{job.name} wrote no samples at step {given['step']}; it did {there}.", status=404)
         if given["json"]:
-            found = {"steps": written.steps, "step": written.step, "samples": written.rows}
+            found = {"steps": written.steps, "step": written.step, "rolled_back": written.rolled_back, "samples": written.rows}
             self.stdout.write(json.dumps(found, indent=2))  # ASCII alone: a policy wrote it, and a terminal may read it
             return 0
-        others = [str(step) for step in written.steps[::-1] if step != written.step]
+        others = [
+            f"{step} (rolled back)" if step in written.rolled_back else str(step) for step in written.steps[::-1] if step != written.step
+        ]
         title = f"{job.name}: {written.total:,} samples" + (f" at step {written.step}" if written.step is not None else "")
+        if written.rolled_back_to is not None:
+            title += f", which was rolled back to step {written.rolled_back_to}"
         lines = [title + (f" (--step N for steps {', '.join(others)})" if others else ""), ""]
         for sample in written.rows:
             lines += sample_lines(sample)
         self.stdout.write("\n".join(lines).rstrip())
         return 0
 
-    def _facts(self, job: Job) -> list[str]:
-        lines = [text for text in (facts(job),) if text]
+    def _facts(self, job: Job, told: str) -> list[str]:
+        lines = [text for text in (facts(job, noted=told),) if text]
         if job.error:
-            lines.append(f"error: {job.error} {job.remedy}".rstrip())
+            lines.append(printable(f"error: {job.error} {job.remedy}".rstrip()))
         if job.is_active and job.worker:
             lines.append(f"worker {job.worker}, attempt {job.attempt} of {job.max_attempts}")
         return [*lines, f"folder: {job.folder}"]
@@ -177,7 +185,8 @@ class Command(BaseCommand):
             data = stream.read()
         whole = data.rfind(b"\n") + 1  # so that no character is cut in two
         if whole:
-            self.stdout.write(data[:whole].decode("utf-8", "replace"), ending="")
+            # A carriage return of a progress bar is a new line here: nothing that was printed is hidden.
+            self.stdout.write(printable(data[:whole].decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")), ending="")
             self.stdout.flush()
         return offset + whole
 
@@ -192,11 +201,17 @@ class Command(BaseCommand):
         if given["json"]:
             self._json(job_summary(job))
         else:
-            self.stdout.write(f"{job.name} is {job.state}." + (f" {job.error}" if job.error else ""))
+            self.stdout.write(f"{job.name} is {job.state}." + (f" {printable(job.error)}" if job.error else ""))
         return code
 
     def _json(self, value: Any) -> None:
-        self.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        self.stdout.write(json.dumps(value, indent=2, default=str))  # ASCII alone, as above
+
+
+def _more(told: Sequence[Any], what: str) -> list[str]:
+    """Before the newest ones: how many came earlier."""
+    earlier = len(told) - NAMED_WARNINGS
+    return [f"{earlier:,} more {what}{'s' if earlier > 1 else ''} before these"] if earlier > 0 else []
 
 
 def _exit_of(jobs: list[Job]) -> int:
