@@ -110,7 +110,8 @@ def overoptimisation(seeds: Sequence[dict[str, Any]]) -> str:
             lines.append(Line(view, label, [_mean(points) for points in zip(*runs, strict=True)], runs, joined=True))
         panels.append(Panel("KL to SFT, nats a text", up, lines))
     count = sum(bool(seed["long"]) for seed in seeds)
-    return drawing(f"PPO without a KL penalty: mean of {count} seeds, each seed thin", panels)
+    seeds_said = "one seed" if count == 1 else f"mean of {count} seeds, each seed thin"
+    return drawing(f"PPO without a KL penalty: {seeds_said}", panels)
 
 
 def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
