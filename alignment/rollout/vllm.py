@@ -168,8 +168,9 @@ class Server:
             raise InputError("The server does not tell token ids and log-probabilities.", remedy="Use vLLM 0.10.2 or newer.")
         sample = checked_sample(choice["index"], prompt, list(ids), logprobs["token_logprobs"], self.stop_ids)
         if not sample.finished and len(sample.completion_ids) < sampling.max_new_tokens:
+            why = _shown(str(choice.get("finish_reason")))
             raise InputError(
-                f"The server cut a completion at {len(ids)} of {sampling.max_new_tokens} tokens ({choice.get('finish_reason')}).",
+                f"The server cut a completion at {len(ids)} of {sampling.max_new_tokens} tokens ({why}).",
                 remedy="Start it with a larger --max-model-len.",
             )
         return sample

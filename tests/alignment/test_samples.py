@@ -1,5 +1,6 @@
 """What a run wrote and what its guards said: on its page, in the console and in a terminal. A policy's text is never trusted."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from django.test import Client
 from alignment import selectors
 from alignment.follow import alarms_of
 from alignment.models import Job
+from alignment.progress import Display
 from alignment.samples import printable, read_samples
 from alignment.services.claims import job_claim, job_fail
 from alignment.services.jobs import JobRequest, job_create
 from alignment.services.settling import Ending
+from alignment.worker import Worker, WorkerSettings
 from annotation.models import User
 from training.rundir import RunDirectory
 
@@ -104,6 +107,15 @@ def test_a_policys_text_cannot_command_a_terminal(job: Job, capsys):
         assert not {"\x1b", "\x9b", "\r", "\x07", "\u202e"} & set(told)
     assert "\\x1b[2J\\x9b31m\\x0d\\u202egood\\x07" in shown("ppo", "--samples", capsys=capsys)
     assert printable("ä\t日本\n👩‍🚀") == "ä\t日本\n👩‍🚀"
+
+
+def test_an_error_cannot_command_the_terminal_of_a_worker_or_of_who_waits():
+    said, stream = [], io.StringIO()
+    Worker(WorkerSettings(), announce=said.append).announce(f"ppo: failed: {HOSTILE}")
+    Display(stream).say(f"ppo: {HOSTILE}")
+    for told in (*said, stream.getvalue()):
+        assert "\\x1b[2J\\x9b31m" in told
+        assert not {"\x1b", "\x9b", "\r", "\x07", "\u202e"} & set(told)
 
 
 def test_a_text_that_looks_like_the_next_sample_stays_inside_its_own(job: Job, capsys):
