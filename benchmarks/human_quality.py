@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import human_pairs as people
-from benchmarks.e2e_rankings import HOUSE, json_lines, run, say
+from benchmarks.e2e_stages import HOUSE, Stage, json_lines, run, say
 from benchmarks.quality_data import DATA_SETS, MAX_PROMPT_TOKENS, DataSet, Prepared, demonstrations, kept, prepare
 from benchmarks.quality_judges import Sums, Verdicts, difference, figure, measure, tie_model, verdicts
 from benchmarks.quality_tables import tables
@@ -110,7 +110,7 @@ def start_model(home: Path, family: str, seed: int, file: Path, scale: Scale) ->
 def fine_tuned(home: Path, family: str, seed: int, file: Path, scale: Scale) -> dict[str, Any]:
     start = start_model(home, family, seed, file, scale)
     inputs = {"model": str(start), "data": {"path": str(file), "digest": file_digest(file)}}
-    return run(home / f"{family}-sft", "sft", seed, inputs, scale.sft[family])
+    return run(home / f"{family}-sft", Stage(seed, f"{family}-sft", "sft", inputs, scale.sft[family], ()))
 
 
 def reward_options(variant: str, data: Measured, scale: Scale) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def one_variant(home: Path, variant: str, seed: int, data: Measured, scale: Scal
     folder = home / f"{data.data_set.name}-{variant}"
     file = data.prepared.pairs if VARIANTS[variant].pairs else data.prepared.snapshot
     inputs = {"model": str(home / f"{data.data_set.family}-sft" / "model"), "data": {"path": str(file), "digest": file_digest(file)}}
-    run(folder, "reward", seed, inputs, reward_options(variant, data, scale))
+    run(folder, Stage(seed, folder.name, "reward", inputs, reward_options(variant, data, scale), ()))
     scores = folder / "scores.json"
     if not scores.exists():
         scorer = Scorer.load(folder / "model")

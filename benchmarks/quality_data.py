@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.e2e_rankings import json_lines, manage, write_lines
+from benchmarks.e2e_stages import json_lines, manage, write_lines
 from benchmarks.slots import with_placeholders
 from training.encode import Encoder
 from training.ledger import Ledger

@@ -108,6 +108,11 @@ def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: b
     """Dropout off (also where a module keeps its own rate), key-value cache off, on its device."""
     turn_off_dropout(model)
     plain = unwrap(model)
+    for module in plain.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights in place at the first pass: what is saved afterwards would be other weights, and
+        # layers narrower than a block fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     plain.config.use_cache = False
     if gradient_checkpointing:
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
