@@ -112,7 +112,7 @@ def prepare(model: Any, *, device: torch.device | str, gradient_checkpointing: b
         # On some CPUs bitsandbytes repacks 4-bit weights in place at the first pass: what is saved afterwards would be other weights, and
         # layers narrower than a block fail.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     plain.config.use_cache = False
     if gradient_checkpointing:
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
