@@ -18,14 +18,6 @@ from training.rundir import RunDirectory, file_digest
 HOUSE = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("letters")
-    write_models(folder)
-    write_prompts(folder / "prompts.jsonl")
-    return folder
-
-
 def make(folder: Path, home: Path, *, data: Path | None = None, seed: int = 0, **options) -> RunDirectory:
     inputs = {"model": str(home / "policy"), "data": str(data or home / "prompts.jsonl")}
     chosen = {"samples": 3, "max_completion_tokens": 8, **options}

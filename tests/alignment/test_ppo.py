@@ -12,7 +12,7 @@ from alignment.ppo.experience import Experience, explained_variance, targets
 from alignment.ppo.options import PPOOptions
 from alignment.ppo.update import Tally, Updates, minibatch_order
 from rewardmodel.score import Scorer
-from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models, write_prompts
+from tests.alignment.letters import make_encoder, make_policy, ppo_run, write_models
 from training.errors import InputError, TrainingFailed
 from training.language_model import save_model
 from training.options import OptionError, parse_options
@@ -20,14 +20,6 @@ from training.pack import Row
 from training.processes import Processes
 
 pytestmark = pytest.mark.training
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("letters")
-    write_models(folder)
-    write_prompts(folder / "prompts.jsonl")
-    return folder
 
 
 def events(run, kind: str) -> list[dict]:

@@ -13,20 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.ppo import train as ppo
-from tests.alignment.letters import ppo_run, write_models, write_prompts
+from tests.alignment.letters import ppo_run
 from training.rundir import RunDirectory, checkpoint_folders, file_digest
 
 pytestmark = pytest.mark.training
 HOUSE = Path(__file__).resolve().parents[2]
 LONG = {"max_steps": 20, "checkpoint_steps": 2, "evaluate_steps": 4}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("letters")
-    write_models(folder)
-    write_prompts(folder / "prompts.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,13 @@ from alignment.ppo import train as ppo
 from alignment.ppo.experience import targets
 from alignment.ppo.update import Tally
 from rewardmodel.score import Scorer
-from tests.alignment.letters import ppo_run, write_models, write_prompts
+from tests.alignment.letters import ppo_run
 from tests.alignment.test_ppo import Setting
 from training.language_model import Head
 from training.pack import Row
 from training.packed_model import packs_rows
 
 pytestmark = pytest.mark.training
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("letters")
-    write_models(folder)
-    write_prompts(folder / "prompts.jsonl")
-    return folder
 
 
 def test_the_gradient_norm_is_held_below_its_maximum(home: Path, tmp_path: Path):

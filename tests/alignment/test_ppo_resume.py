@@ -8,7 +8,7 @@ import torch
 from alignment.ppo import actors
 from alignment.ppo import train as ppo
 from alignment.ppo.voices import Separate
-from tests.alignment.letters import ppo_run, write_models, write_prompts
+from tests.alignment.letters import ppo_run
 from tests.alignment.test_ppo import events
 from tests.alignment.test_ppo_shared import KINDS, write_home
 from training.checkpoint import read_checkpoint
@@ -18,14 +18,6 @@ from training.rundir import RunDirectory, checkpoint_folders, file_digest
 pytestmark = pytest.mark.training
 # Batches of few prompts, so that a rollout has several; two passes of three minibatches.
 SMALL = {"max_steps": 2, "cache_tokens": 100, "passes": 2, "minibatches": 3, "kl_target_nats": 0.1, "kl_horizon_episodes": 20}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("letters")
-    write_models(folder)
-    write_prompts(folder / "prompts.jsonl")
-    return folder
 
 
 def stopped_at(run: RunDirectory, call: int, monkeypatch) -> dict:
